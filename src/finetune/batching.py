@@ -1,0 +1,193 @@
+"""Samples -> batches: which sample comes when, who makes it, and how the loader's processes behave.
+
+Position p of the run (counting samples from 0) holds row rows[order(epoch)[p % n]] in epoch p // n, where n is the
+number of usable rows and order(epoch) a permutation that follows from the seed and the epoch. Optimizer step s takes
+the positions s*G .. s*G + G-1 of the global batch G = accumulation * world_size * micro_batch, whoever computes them:
+micro-step a of process r takes the micro_batch positions from s*G + (a * world_size + r) * micro_batch. So every row
+comes exactly once per epoch, batches run on across the end of an epoch, and a run goes on from any step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from finetune.config import TrainConfig
+from finetune.data import Sample, TrainData
+from finetune.seeding import permutation
+
+Place = tuple[int, int, int]  # position in the run, epoch, row
+LOADER_TIMEOUT = 600.0  # seconds without a batch after which a loader process counts as hung
+IMPORTS = ["finetune.batching"]  # what each loader process needs, and so pays for once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch of one process."""
+
+    pixel_values: torch.Tensor
+    """[B, channels, resolution, resolution] float32 in [-1, 1]."""
+    captions: list[str] | None
+    class_labels: torch.Tensor | None
+    """[B] int64."""
+    rows: torch.Tensor
+    """[B] int64: number of the row in the data set."""
+    positions: torch.Tensor
+    """[B] int64: position of the sample in the run."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; called by the DataLoader."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+
+class TrainDataset(Dataset):
+    """The samples of the data by (position, epoch, row); the positions are only carried along."""
+
+    def __init__(self, data: TrainData) -> None:
+        self.data = data
+
+    def __getitem__(self, place: Place) -> tuple[Place, Sample]:
+        """One sample. Raises DataError."""
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[Place]) -> list[tuple[Place, Sample]]:
+        """Samples that are read together, as the DataLoader asks for them: one read of the data set, not B."""
+        _, epochs, rows = zip(*places, strict=True)
+        return list(zip(places, self.data.samples(rows, epochs), strict=True))
+
+
+class StreamSampler(Sampler[list[Place]]):
+    """The micro-batches of one process from step `start` on, without end, each as a list of (position, epoch, row)."""
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        *,
+        seed: int,
+        micro_batch: int,
+        accumulation: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        start: int = 0,
+    ) -> None:
+        """rows: [n] numbers of the usable rows. start: the optimizer step (global batch) to begin with."""
+        assert len(rows) > 0 and 0 <= rank < world_size and min(micro_batch, accumulation) > 0 and start >= 0
+        self.rows, self.seed, self.micro_batch, self.accumulation = rows, seed, micro_batch, accumulation
+        self.world_size, self.rank, self.start = world_size, rank, start
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        epoch, order = -1, self.rows
+        micro_step = self.start * self.accumulation
+        while True:
+            first = (micro_step * self.world_size + self.rank) * self.micro_batch
+            places = []
+            for position in range(first, first + self.micro_batch):
+                if position // len(self.rows) != epoch:
+                    epoch = position // len(self.rows)
+                    order = self.rows[permutation(self.seed, "order", epoch, len(self.rows))]
+                places.append((position, epoch, int(order[position % len(self.rows)])))
+            yield places
+            micro_step += 1
+
+
+def collate(samples: list[tuple[Place, Sample]]) -> Batch:
+    """Stack samples into a Batch."""
+    places, made = zip(*samples, strict=True)
+    captions = [sample.caption for sample in made]
+    labels = [sample.label for sample in made]
+    return Batch(
+        pixel_values=torch.stack([sample.pixels for sample in made]),
+        captions=None if captions[0] is None else captions,
+        class_labels=None if labels[0] is None else torch.tensor(labels),
+        rows=torch.tensor([row for _, _, row in places]),
+        positions=torch.tensor([position for position, _, _ in places]),
+    )
+
+
+def default_workers(*, processes: int, on_gpu: bool) -> int:
+    """Loader processes per training process: its share of the cores less one, at most 8; none without a GPU.
+
+    Without a GPU training itself keeps every core busy: a loader process would take from it what it gives, and cost
+    its start and the way of every batch between processes on top. 0 is always valid: the training process loads.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // processes - 1)) if on_gpu else 0
+
+
+def make_loader(
+    data: TrainData,
+    cfg: TrainConfig,
+    *,
+    start: int,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+    micro_batch: int,
+    pin_memory: bool,
+) -> DataLoader:
+    """The endless loader of one process, from optimizer step `start` on; to be iterated once, for the whole run.
+
+    It is not to be given to Accelerator.prepare, which would divide it among the processes a second time. Making and
+    iterating it draws nothing from torch's global random state. pin_memory: training is on a GPU.
+    """
+    workers = cfg.data.dataloader_num_workers
+    if workers is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # set by the launcher: processes on this machine
+        workers = default_workers(processes=local, on_gpu=pin_memory)
+    sampler = StreamSampler(
+        data.rows,
+        seed=cfg.seed,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        world_size=world_size,
+        rank=rank,
+        start=start,
+    )
+    return DataLoader(
+        TrainDataset(data),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # the loader seeds its processes; without this it draws that from the global state
+        worker_init_fn=_init_worker,
+        timeout=LOADER_TIMEOUT if workers else 0,
+        multiprocessing_context=_process_context() if workers else None,
+    )
+
+
+def _process_context() -> multiprocessing.context.BaseContext:
+    """How loader processes are started: never by a plain fork, which copies held locks of threads and a CUDA context.
+
+    A fork server, where there is one, imports torch once in a clean process and forks the workers from there; `spawn`
+    imports it in each of them, several seconds of CPU time apiece.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    return context
+
+
+def _init_worker(worker: int) -> None:
+    """Outlive the signals that a terminal or a scheduler sends to all processes: the training process saves first.
+
+    The second SIGTERM counts, so that a hung worker still ends when the training process gives it up.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ignore_once)
+
+
+def _ignore_once(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,281 @@
+"""Every setting of a run, as nested frozen sections. Imports no torch; the text under a field is its only help text.
+
+Names are those of diffusers and Accelerate. Choices are unions told apart by `kind` (config_choices.py). A default
+names its source; "train_unconditional" is the diffusers script of that name, whose defaults hold when only data and
+resolution are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune.config_choices import DDPM, Conditioning, Model, Objective, PixelSpace, Space, Unconditional, UNet2D
+from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Words, section
+
+
+@section
+class Data:
+    """Where the images come from and how they become samples."""
+
+    dataset_name: str | None = None
+    """Data set: a Hub id, or the path of a local folder, saved data set, Parquet, Arrow, CSV or JSON file."""
+    train_data_dir: str | None = None
+    """Local folder of images: flat, class sub-folders, metadata.jsonl or .csv, or a.jpg beside a.txt."""
+    dataset_config_name: str | None = None
+    """Configuration of a Hub data set that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    split: str = "train"
+    """Split to train on."""
+    image_column: str = "image"
+    """Column that holds the images."""
+    caption_column: str | Words = "text"
+    """Column(s) that hold the captions; of several, or of a list in one cell, one is drawn per epoch and row."""
+    label_column: str = "label"
+    """Column that holds the class labels."""
+    max_train_samples: Count | None = None
+    """Use only this many rows, drawn by the seed."""
+    resolution: Count
+    """Side of the square training image, in pixels."""
+    channels: Literal[1, 3] = 3
+    """Colour channels of the training image: 3 (RGB) or 1 (grey)."""
+    center_crop: bool = False
+    """Crop the centre instead of a random place (random as in train_unconditional)."""
+    random_flip: bool = False
+    """Mirror each image left to right with probability one half."""
+    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] = "bilinear"
+    """Filter of the resize, antialiased (bilinear as in train_unconditional)."""
+    background: str = "white"
+    """Colour that transparent images are composited on: a name or #rrggbb."""
+    on_error: Literal["error", "skip"] = "error"
+    """What a row that cannot be used does: stop before training with a report, or be left out and listed."""
+    max_pixels: Count = 64_000_000
+    """Largest image accepted, in pixels, by its header (guards against decompression bombs)."""
+    min_side: Count = 8
+    """Smallest side accepted, in pixels."""
+    max_aspect_ratio: Positive = 8.0
+    """Longest side over shortest that is accepted."""
+    dataloader_num_workers: CountOrZero | None = None
+    """Loader processes per training process; unset: as many as help, at most 8."""
+
+    def __post_init__(self) -> None:
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise ValueError(
+                f"data.dataset_name ({self.dataset_name}) and data.train_data_dir ({self.train_data_dir}) both name "
+                "the data: give one of them"
+            )
+
+
+@section
+class Train:
+    """How long, in which batches and in which precision. Everything is counted in optimizer steps."""
+
+    max_train_steps: Count | None = None
+    """Optimizer steps of the whole run; overrides num_train_epochs."""
+    num_train_epochs: Count = 100
+    """Passes over the data (100 as in train_unconditional); the step count is rounded up."""
+    global_batch_size: Count | None = None
+    """Images per optimizer step over all processes and accumulation; unset: derived from train_batch_size."""
+    train_batch_size: Count | None = None
+    """Images per process and micro-step (16 as in train_unconditional, if global_batch_size is unset too)."""
+    gradient_accumulation_steps: Count | None = None
+    """Micro-steps per optimizer step; unset: what `accelerate launch` says, else 1."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the network; unset: what `accelerate launch` says. Trained weights stay float32."""
+    max_grad_norm: PositiveOrZero = 1.0
+    """Gradient norm above which gradients are scaled down (1.0 as in train_unconditional); 0: no clipping."""
+    max_nonfinite_steps: Count = 10
+    """Stop with exit code 3 after this many steps in a row with a NaN or infinite loss or gradient."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    channels_last: bool = False
+    """Memory format of the UNet: faster on GPUs with tensor cores, not on CPUs."""
+    compile: bool = False
+    """torch.compile the UNet in place."""
+    allow_tf32: bool = False
+    """TensorFloat-32 matrix products on Ampere and later."""
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size is not None and self.train_batch_size is not None:
+            raise ValueError(
+                f"train.global_batch_size ({self.global_batch_size}, over all processes) and train.train_batch_size "
+                f"({self.train_batch_size}, per process) both set the batch: give one of them"
+            )
+
+
+@section
+class Optimizer:
+    """AdamW and its learning rate. Defaults of train_unconditional."""
+
+    learning_rate: Positive = 1e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "cosine"
+    """diffusers' schedule, a pure function of the optimizer step."""
+    lr_warmup_steps: CountOrZero = 500
+    """Optimizer steps of linear warm-up."""
+    lr_num_cycles: Count | None = None
+    """Hard restarts of cosine_with_restarts (unset: 1)."""
+    lr_power: Positive | None = None
+    """Power of polynomial (unset: 1)."""
+    adam_beta1: Decay = 0.95
+    """Decay of the first moment."""
+    adam_beta2: Decay = 0.999
+    """Decay of the second moment."""
+    adam_weight_decay: PositiveOrZero = 1e-6
+    """Decoupled weight decay."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise ValueError(
+                f"lr_scheduler constant has no warm-up, got lr_warmup_steps {self.lr_warmup_steps}: "
+                "use constant_with_warmup, or set lr_warmup_steps to 0"
+            )
+        if self.lr_num_cycles is not None and self.lr_scheduler != "cosine_with_restarts":
+            raise ValueError("lr_num_cycles needs lr_scheduler cosine_with_restarts")
+        if self.lr_power is not None and self.lr_scheduler != "polynomial":
+            raise ValueError("lr_power needs lr_scheduler polynomial")
+
+
+@section
+class Ema:
+    """Exponential moving averages of the trained weights, in float32, stepped on real optimizer steps only."""
+
+    use_ema: bool = False
+    """Keep averages; sampling and export use the first one."""
+    ema_max_decay: tuple[Decay, ...] = (0.9999,)
+    """Decay of each average (0.9999 as in train_unconditional)."""
+    ema_warmup: Literal["power", "ratio", "none"] = "power"
+    """Decay of update n (from 1) until it reaches ema_max_decay: power: 1 - (1 + (n-1) / ema_inv_gamma) ** -ema_power
+    (train_unconditional); ratio: (1 + n) / (10 + n) (generative-models); none: constant (improved-diffusion)."""
+    ema_inv_gamma: Positive = 1.0
+    """Inverse gamma of the warm-up."""
+    ema_power: Positive = 0.75
+    """Power of the warm-up (3/4 as in train_unconditional)."""
+
+    def __post_init__(self) -> None:
+        if not self.ema_max_decay:
+            raise ValueError("ema_max_decay needs at least one value")
+        if len(set(self.ema_max_decay)) < len(self.ema_max_decay):
+            raise ValueError(f"ema_max_decay names a decay twice: {list(self.ema_max_decay)}")
+
+
+@section
+class Checkpoint:
+    """What is saved to resume from."""
+
+    checkpointing_steps: Count = 500
+    """Save every so many optimizer steps (500 as in train_unconditional), and at the end."""
+    checkpoints_total_limit: Annotated[Int, Field(ge=2)] = 2
+    """Newest checkpoints kept; at least 2, so that one whole checkpoint exists at any moment."""
+
+
+@section
+class Tracking:
+    """Numbers written while training."""
+
+    log_every: Count = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+    report_to: str | Words = "tensorboard"
+    """Trackers that Accelerate knows, by name; "none" for metrics.jsonl alone."""
+    tracker_project_name: str = "finetune"
+    """Project name for the trackers that have one."""
+
+
+@section
+class Sample:
+    """Pictures drawn from the (averaged) weights while training and at its end, with fixed seeds."""
+
+    sample_every: Count | None = None
+    """Optimizer steps between two grids; unset: at the end only."""
+    num_images: Count = 16
+    """Images of a grid (16 as in train_unconditional); prompts and labels are repeated to fill it."""
+    prompts: Words = ()
+    """Prompts of a text-conditioned model."""
+    class_labels: tuple[CountOrZero, ...] = ()
+    """Labels of a class-conditioned model; empty: each class in turn."""
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc", "euler", "euler_ancestral"] = "ddpm"
+    """Sampler; it is saved in the exported pipeline."""
+    num_inference_steps: Count = 1000
+    """Sampling steps (1000 as in train_unconditional)."""
+    guidance_scale: PositiveOrZero = 1.0
+    """Classifier-free guidance; 1 is none. Needs a condition trained with dropout."""
+    sample_seed: CountOrZero = 0
+    """Seed of the first image; the next images take the next seeds."""
+
+
+@section
+class Hub:
+    """Publishing the exported pipeline. The token is taken from HF_TOKEN or the stored login, never from here."""
+
+    push: bool = False
+    """Push output_dir/pipeline when training is done; login and permission are checked before it."""
+    hub_model_id: str | None = None
+    """Repository: "name" or "owner/name"; unset: the name of output_dir."""
+    private: bool = True
+    """Create the repository as private."""
+    push_budget_minutes: Positive = 30.0
+    """How long a push may retry before the run ends with exit code 5."""
+
+
+@section
+class TrainConfig:
+    """Every setting of a run."""
+
+    output_dir: str
+    """Where everything goes."""
+    seed: CountOrZero = 0
+    """Seed of every draw."""
+    resume_from_checkpoint: str = "latest"
+    """"latest": go on where output_dir stopped, if it did; or the path of one checkpoint."""
+    data: Data
+    space: Space = Field(default_factory=PixelSpace)
+    conditioning: Conditioning = Field(default_factory=Unconditional)
+    model: Model = Field(default_factory=UNet2D)
+    objective: Objective = Field(default_factory=DDPM)
+    train: Train = Field(default_factory=Train)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    ema: Ema = Field(default_factory=Ema)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    tracking: Tracking = Field(default_factory=Tracking)
+    sample: Sample = Field(default_factory=Sample)
+    hub: Hub = Field(default_factory=Hub)
+
+    def __post_init__(self) -> None:
+        problems = [f"{place}: {problem}" for place, problem in self._contradictions()]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        """Rules between sections, as (place, problem) pairs."""
+        kind = self.conditioning.kind
+        if kind == "text" and self.model.kind == "unet2d":
+            yield "conditioning.kind", (
+                "a UNet2DModel has no cross-attention to read a text sequence with: use conditioning.kind pooled_text, "
+                "or model.kind unet2d_condition"
+            )
+        if self.sample.prompts and kind not in ("pooled_text", "text"):
+            yield "sample.prompts", f"conditioning.kind is {kind}, which takes no prompts: remove them"
+        if self.sample.class_labels and kind != "class_label":
+            yield "sample.class_labels", f"conditioning.kind is {kind}, which takes no labels: remove them"
+        if kind in ("pooled_text", "text") and not self.sample.prompts:
+            yield "sample.prompts", f"conditioning.kind {kind} needs at least one prompt to sample with"
+        if self.sample.guidance_scale not in (0.0, 1.0):
+            if kind == "none":
+                yield "sample.guidance_scale", "there is no condition to guide with: use 1"
+            elif not self.conditioning.condition_dropout and self.model.kind != "pretrained":
+                yield "sample.guidance_scale", (
+                    f"guidance {self.sample.guidance_scale} needs the unconditional case, which conditioning."
+                    "condition_dropout 0 never trains: use a dropout such as 0.1, or guidance_scale 1"
+                )
+        if self.sample.num_inference_steps > self.objective.num_train_timesteps:
+            yield "sample.num_inference_steps", (
+                f"{self.sample.num_inference_steps} steps are more than objective.num_train_timesteps "
+                f"{self.objective.num_train_timesteps}"
+            )

@@ -1,0 +1,134 @@
+"""diffusers' flag names: what those that are not ours are called here, and why the others are refused.
+
+Covers the training scripts train_unconditional, train_text_to_image (plain, LoRA, SDXL, LoRA SDXL), train_autoencoderkl
+and the three train_dreambooth_lora_*_advanced. A flag that has the name of one of our settings needs no line.
+"""
+
+from __future__ import annotations
+
+RENAMED = {
+    "num_epochs": "train.num_train_epochs",
+    "push_to_hub": "hub.push",
+    "hub_private_repo": "hub.private",
+    "logger": "tracking.report_to",
+    "ddpm_num_steps": "objective.num_train_timesteps",
+    "ddpm_beta_schedule": "objective.beta_schedule",
+    "ddpm_num_inference_steps": "sample.num_inference_steps",
+    "eval_batch_size": "sample.num_images",
+    "num_validation_images": "sample.num_images",
+    "validation_prompt": "sample.prompts",
+    "validation_prompts": "sample.prompts",
+    "validation_steps": "sample.sample_every",
+    "proportion_empty_prompts": "conditioning.condition_dropout",
+    "revision": "model.revision",
+    "pretrained_vae_model_name_or_path": "space.vae",
+}
+
+SELECTS = {
+    "pretrained_model_name_or_path": ("model.kind", "pretrained"),
+    "pretrained_vae_model_name_or_path": ("space.kind", "latent"),
+}
+"""Flags that exist in one kind only and stand for the choice of it."""
+
+_LORA = "LoRA is not offered: the whole UNet is trained"
+_DREAMBOOTH = "DreamBooth is not offered: give each image its caption (data.caption_column) and train on those"
+_TEXT_ENCODER = "the text encoders stay frozen: only the UNet is trained"
+_VAE = "the VAE stays frozen: only the UNet is trained"
+_PRODIGY = "the optimizer is AdamW; Prodigy is not offered"
+_BIAS = "not offered: every timestep is drawn with the same probability; objective.snr_gamma weights the loss by level"
+_FLUX = "for Flux transformers; this toolkit trains UNets"
+_DREAM = "DREAM training is not offered"
+_EPOCHS = "counted in optimizer steps here: use sample.sample_every"
+
+REFUSED = {
+    # data
+    "instance_data_dir": "use data.train_data_dir, with one caption per image",
+    "class_data_dir": _DREAMBOOTH,
+    "cache_dir": "an environment matter: set HF_HOME, or HF_HUB_CACHE and HF_DATASETS_CACHE",
+    "preserve_input_precision": "not offered: images are read with 8 bits per channel; remove it",
+    "repeats": "remove it: train.num_train_epochs and train.max_train_steps set how often an image is seen",
+    # model and adapters
+    "model_config_name_or_path": "write the architecture in the model section (model.block_out_channels, ...)",
+    "non_ema_revision": "use model.revision",
+    "rank": _LORA,
+    "lora_alpha": _LORA,
+    "lora_dropout": _LORA,
+    "lora_layers": _LORA,
+    "lora_unet_blocks": _LORA,
+    "use_dora": _LORA,
+    "use_blora": _LORA,
+    "train_text_encoder": _TEXT_ENCODER,
+    "train_text_encoder_ti": _TEXT_ENCODER,
+    "train_text_encoder_frac": _TEXT_ENCODER,
+    "train_text_encoder_ti_frac": _TEXT_ENCODER,
+    "train_transformer_frac": _FLUX,
+    "token_abstraction": _TEXT_ENCODER,
+    "num_new_tokens_per_abstraction": _TEXT_ENCODER,
+    "initializer_concept": _TEXT_ENCODER,
+    "enable_t5_ti": _FLUX,
+    "instance_prompt": "write the caption of each image into the data set (data.caption_column)",
+    "class_prompt": _DREAMBOOTH,
+    "clip_skip": "not offered: the text encoder's last layer is used, as the pipeline does",
+    "max_sequence_length": _FLUX,
+    "decoder_only": _VAE,
+    # objective and loss
+    "input_perturbation": "not offered; objective.noise_offset is the change of the noise that there is",
+    "dream_training": _DREAM,
+    "dream_detail_preservation": _DREAM,
+    "timestep_bias_strategy": _BIAS,
+    "timestep_bias_multiplier": _BIAS,
+    "timestep_bias_begin": _BIAS,
+    "timestep_bias_end": _BIAS,
+    "timestep_bias_portion": _BIAS,
+    "do_edm_style_training": "use the objective section: objective.kind and its settings choose the parametrisation",
+    "with_prior_preservation": _DREAMBOOTH,
+    "prior_loss_weight": _DREAMBOOTH,
+    "num_class_images": _DREAMBOOTH,
+    "sample_batch_size": _DREAMBOOTH,
+    "prior_generation_precision": _DREAMBOOTH,
+    "weighting_scheme": _FLUX,
+    "logit_mean": _FLUX,
+    "logit_std": _FLUX,
+    "mode_scale": _FLUX,
+    "rec_loss": _VAE,
+    "kl_scale": _VAE,
+    "perceptual_scale": _VAE,
+    "disc_start": _VAE,
+    "disc_factor": _VAE,
+    "disc_scale": _VAE,
+    "disc_loss": _VAE,
+    "debug_loss": "remove it: metrics.jsonl holds the loss of every logged step",
+    # optimisation
+    "text_encoder_lr": _TEXT_ENCODER,
+    "disc_learning_rate": _VAE,
+    "scale_lr": "remove it, and write the learning rate of the global batch into optimizer.learning_rate",
+    "disc_lr_scheduler": _VAE,
+    "optimizer": "remove it: the optimizer is AdamW",
+    "use_8bit_adam": "not offered: AdamW keeps its moments in float32; remove it",
+    "adam_weight_decay_text_encoder": _TEXT_ENCODER,
+    "prodigy_beta3": _PRODIGY,
+    "prodigy_decouple": _PRODIGY,
+    "prodigy_use_bias_correction": _PRODIGY,
+    "prodigy_safeguard_warmup": _PRODIGY,
+    "set_grads_to_none": "remove it: gradients are always set to None",
+    # precision and speed
+    "enable_xformers_memory_efficient_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",
+    "enable_npu_flash_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",
+    "cache_latents": "not an option of training: remove it",
+    "upcast_before_saving": "remove it: weights are trained and saved in float32",
+    # EMA
+    "offload_ema": "not offered: the averages stay on the training device; remove it",
+    "foreach_ema": "remove it: how the averages are updated is not a setting",
+    # distributed
+    "local_rank": "remove it: `accelerate launch` tells every process its rank",
+    # checkpoints and logging
+    "overwrite_output_dir": "remove it: a run goes on where output_dir stopped; a new output_dir starts afresh",
+    "save_model_epochs": "remove it: the model is exported at the end; checkpoint.checkpointing_steps saves between",
+    "logging_dir": "remove it: logs are always in output_dir/logs",
+    # validation and sampling
+    "save_images_epochs": _EPOCHS,
+    "validation_epochs": _EPOCHS,
+    "validation_image": _VAE,
+    # Hub
+    "hub_token": "the token comes from HF_TOKEN or `hf auth login`, never from an option, which others can read",
+}

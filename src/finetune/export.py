@@ -1,0 +1,238 @@
+"""The finished model as a folder that diffusers loads: written aside, read back and compared, then put in place."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+
+from finetune.card import draw_loss, model_card, read_metrics
+from finetune.config import TrainConfig
+from finetune.config_io import dump
+from finetune.errors import FinetuneError, NonFiniteError
+from finetune.provenance import public_name, published_config, published_run
+
+_FOLDER, _TEMPORARY, _OLD = "pipeline", ".pipeline-tmp-", ".pipeline-old-"
+
+
+def export(
+    pipeline: DiffusionPipeline,
+    *,
+    output_dir: Path,
+    cfg: TrainConfig,
+    run: dict[str, Any],
+    samples: Path | None,
+    metrics: Path | None,
+    repo_id: str | None = None,
+) -> Path:
+    """Write `output_dir/pipeline` from the weights that `pipeline` holds at this moment; returns the folder.
+
+    It holds what diffusers needs, README.md, config.yaml, run.json, samples.png and loss.png, and nothing else; no path
+    of this machine is in it. run: the content of run.json; samples: a picture; metrics: metrics.jsonl; repo_id: the
+    Hub repository that the card names. An earlier export stays until the new one is whole and proved to load as the
+    same model. Raises NonFiniteError for a weight that is NaN or infinite, FinetuneError if the proof fails.
+    """
+    check_finite(pipeline)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    target, temporary = output_dir / _FOLDER, output_dir / f"{_TEMPORARY}{os.getpid()}"
+    _tidy(output_dir)
+    try:
+        _write(pipeline, temporary, cfg=cfg, run=run, samples=samples, metrics=metrics, repo_id=repo_id)
+        verify(pipeline, temporary, same_kernels=_same_kernels(pipeline, cfg))
+        _to_disk(temporary)
+        _replace(target, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def check_finite(pipeline: DiffusionPipeline) -> None:
+    """Raises NonFiniteError that names the first weight with a NaN or an infinity."""
+    for component, module in _modules(pipeline):
+        for name, tensor in module.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"{component}: the weight {name} is NaN or infinite, so the model is not exported; an earlier "
+                    "export is untouched. Export an earlier checkpoint, or train with a lower learning rate."
+                )
+
+
+def verify(pipeline: DiffusionPipeline, folder: Path, *, same_kernels: bool) -> None:
+    """Load `folder` and compare it with `pipeline`: every weight bit for bit, every setting, and two short samples.
+
+    same_kernels: whether both compute the same bits, so that the images must be equal; otherwise they must be finite.
+    Raises FinetuneError that names what differs.
+    """
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        loaded = type(pipeline).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()
+    originals, copies = dict(_modules(pipeline)), dict(_modules(loaded))
+    _demand(originals.keys() == copies.keys(), f"it has the models {sorted(copies)}, not {sorted(originals)}")
+    for component, original in originals.items():
+        _same_weights(component, original.state_dict(), copies[component].state_dict())
+    for component in [name for name, value in pipeline.components.items() if isinstance(value, ConfigMixin)]:
+        _same_settings(component, pipeline.components[component], loaded.components[component])
+    _same_settings("model_index.json", pipeline, loaded)
+    for component, original in originals.items():
+        copies[component].to(original.device)
+        if copies[component].dtype != original.dtype:  # diffusers loads half precision as float32
+            copies[component].to(original.dtype)
+        for tensor in itertools.chain(copies[component].parameters(), copies[component].buffers()):
+            # What is mapped from a file is not aligned as torch aligns, and BLAS may then sum in another order.
+            tensor.data = tensor.data.clone()
+    images, again = _draw(pipeline), _draw(loaded)
+    _demand(bool(np.isfinite(again).all()), "its samples are not finite")
+    _demand(not same_kernels or np.array_equal(images, again), "its samples differ from those of the trained model")
+
+
+def _write(
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    *,
+    cfg: TrainConfig,
+    run: dict[str, Any],
+    samples: Path | None,
+    metrics: Path | None,
+    repo_id: str | None,
+) -> None:
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for path in folder.rglob("*config.json"):
+        _scrub(path)
+    _scrub(folder / "model_index.json")
+    (folder / "config.yaml").write_text(dump(published_config(cfg)))
+    (folder / "run.json").write_text(json.dumps(published_run(run, cfg), indent=1))
+    if samples is not None:
+        shutil.copyfile(samples, folder / "samples.png")
+    lines = read_metrics(metrics) if metrics is not None else []
+    if lines:
+        draw_loss(lines, folder / "loss.png")
+    card = model_card(
+        cfg, run, pipeline=type(pipeline).__name__, samples=samples is not None, metrics=lines, repo_id=repo_id
+    )
+    (folder / "README.md").write_text(card)
+
+
+def _scrub(path: Path) -> None:
+    """Replace the local paths that diffusers and transformers note in their JSON (`_name_or_path` and the like)."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            named = {"_name_or_path", "name_or_path"} & value.keys()
+            return {k: public_name(v) if k in named and v else clean(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        if isinstance(value, str) and re.match(r"(/|[A-Za-z]:\\)[^/\\]+[/\\]", value):
+            return public_name(value)
+        return value
+
+    text = path.read_text()
+    cleaned = clean(json.loads(text))
+    if cleaned != json.loads(text):  # untouched files stay as the libraries wrote them
+        path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n")
+
+
+def _modules(pipeline: DiffusionPipeline) -> Iterator[tuple[str, torch.nn.Module]]:
+    return ((name, part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module))
+
+
+def _same_kernels(pipeline: DiffusionPipeline, cfg: TrainConfig) -> bool:
+    """Whether the modules as trained and as loaded compute the same bits: plain float32 on a CPU."""
+    train = cfg.train
+    changed = train.mixed_precision in ("fp16", "bf16") or train.compile or train.channels_last
+    return pipeline.device.type == "cpu" and not changed
+
+
+def _same_weights(component: str, original: dict[str, torch.Tensor], copy: dict[str, torch.Tensor]) -> None:
+    _demand(original.keys() == copy.keys(), f"{component} has other weights: {sorted(original.keys() ^ copy.keys())}")
+    for name, tensor in original.items():
+        # Compared as bytes, in the original's dtype: loading may have widened it, which is exact.
+        ours = tensor.detach().cpu().contiguous()
+        theirs = copy[name].detach().cpu().to(ours.dtype).contiguous()
+        same = ours.shape == theirs.shape and torch.equal(
+            ours.flatten().view(torch.uint8), theirs.flatten().view(torch.uint8)
+        )
+        _demand(same, f"the weight {name} of {component} is another one")
+
+
+def _same_settings(component: str, original: ConfigMixin, copy: ConfigMixin) -> None:
+    ours, theirs = ({k: _plain(v) for k, v in part.config.items() if k[0] != "_"} for part in (original, copy))
+    changed = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+    _demand(not changed, f"{component} has other settings: {sorted(changed)}")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON brings it back: tuples as lists."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _draw(pipeline: DiffusionPipeline) -> np.ndarray:
+    """Two images of two steps (one, if two do not divide the training steps, as ddim wants): [2, H, W, C]."""
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"batch_size": 2}
+    conditioning = "text" if isinstance(pipeline, StableDiffusionPipeline) else pipeline.config.get("conditioning")
+    if conditioning == "class_label":
+        options = {"class_labels": [0, pipeline.config.num_classes - 1]}
+    elif conditioning in ("text", "pooled_text"):
+        options = {"prompt": ["a picture", ""]}
+    steps = 1 if pipeline.scheduler.config.num_train_timesteps % 2 else 2
+    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    return pipeline(num_inference_steps=steps, generator=generator, output_type="np", **options).images
+
+
+def _demand(condition: bool, difference: str) -> None:
+    if not condition:
+        raise FinetuneError(
+            f"the exported pipeline does not load as the model that was trained: {difference}. It is not kept; the "
+            "checkpoint is. Check the disk, and the versions of diffusers and transformers."
+        )
+
+
+def _to_disk(folder: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in itertools.chain(folder.rglob("*"), [folder]):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace(target: Path, new: Path) -> None:
+    """Put `new` in the place of `target`. Whoever looks sees the old one, for a moment none, or the new one."""
+    old = target.with_name(f"{_OLD}{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy(output_dir: Path) -> None:
+    """Undo what an export that was killed left: put the old folder back if the new one never came, delete the rest."""
+    for old in sorted(output_dir.glob(f"{_OLD}*")):
+        if not (output_dir / _FOLDER).exists():
+            old.rename(output_dir / _FOLDER)
+    for stale in [*output_dir.glob(f"{_OLD}*"), *output_dir.glob(f"{_TEMPORARY}*")]:
+        shutil.rmtree(stale)

@@ -1,0 +1,172 @@
+"""From the bytes of an image file to training pixels: one strict decoder, and the resize, crop and flip after it.
+
+Nothing here looks at a global random state: where a crop lies and whether it is mirrored follows from the seed, the
+epoch and the row, so any worker on any machine makes the same sample.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from finetune.config import Data
+from finetune.errors import DataError
+from finetune.seeding import key
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+EXTENSIONS = frozenset(".png .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff".split())
+PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"})
+
+
+class BadRow(DataError):
+    """Why one row cannot be used; the message continues the row's name: "cat.png" + "is empty (0 bytes)"."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded image and what it was in its file."""
+
+    image: Image.Image
+    """Upright, mode RGB or L (0 to 255), or F (0 to 1, grey of more than 8 bits)."""
+    size: tuple[int, int]
+    """Width and height of the upright image, in pixels."""
+    traits: frozenset[str]
+    """Which of "transparent", "more than 8 bits", "several frames", "rotated by EXIF", "CMYK" hold for the file."""
+
+
+@contextmanager
+def strict_pillow() -> Iterator[None]:
+    """Within this block Pillow refuses truncated files, its warnings are errors, and `max_pixels` is the only cap.
+
+    Set here rather than in `decode`, because these switches belong to the process: two threads that set and restore
+    them in turns would leave them wrong.
+    """
+    saved = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module=r"PIL\.")
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = saved
+
+
+def decode(content: bytes, rules: Data) -> Decoded:
+    """Decode the bytes of one image file; to be called within `strict_pillow`.
+
+    The size is checked by the header, before any pixel is decoded. EXIF orientation is applied; of several frames the
+    first is taken; transparency is composited on `rules.background`; CMYK is converted by its embedded ICC profile
+    where it has one (the profiles of RGB and grey images are not applied, as everywhere in training data); more than
+    8 bits are scaled by their mode (see `_scale_deep`). Raises BadRow.
+    """
+    if not content:
+        raise BadRow("is empty (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            _check_size(image.size, rules)
+            several = getattr(image, "is_animated", False)  # only the formats that can hold several frames have it
+            image.load()
+            turned = image.getexif().get(0x0112, 1) != 1  # the tag Orientation
+            upright = ImageOps.exif_transpose(image)
+            traits = {
+                "transparent": upright.has_transparency_data,
+                "more than 8 bits": _is_deep(upright),
+                "several frames": several,
+                "rotated by EXIF": turned,
+                "CMYK": upright.mode == "CMYK",
+            }
+            flat = _flatten(upright, rules)
+            return Decoded(flat, upright.size, frozenset(name for name, holds in traits.items() if holds))
+    except BadRow:
+        raise
+    except UnidentifiedImageError:
+        raise BadRow(f"is not a {', '.join(FORMATS)} image (it begins with {content[:12]!r})") from None
+    except Exception as error:  # Pillow raises anything from OSError to SyntaxError or struct.error on a broken file
+        raise BadRow(f"cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def to_pixels(image: Image.Image, rules: Data, *, seed: int, epoch: int, row: int) -> torch.Tensor:
+    """Resize the short side to `rules.resolution`, crop, mirror -> [rules.channels, side, side] float32 in [-1, 1].
+
+    `image` is what `decode` gives. The crop and the mirroring are functions of (seed, epoch, row). A square image of
+    the right size without mirroring keeps every pixel: value v of 0..255 becomes v / 127.5 - 1.
+    """
+    side = rules.resolution
+    image = F.resize(image, [side], interpolation=InterpolationMode(rules.image_interpolation_mode), antialias=True)
+    if rules.center_crop:
+        image = F.center_crop(image, [side, side])
+    else:
+        tops, lefts = image.height - side + 1, image.width - side + 1
+        # A 64-bit key modulo n is uniform up to n / 2**64, and needs no generator.
+        top, left = divmod(key(seed, "crop", epoch, row) % (tops * lefts), lefts)
+        image = F.crop(image, top, left, side, side)
+    if rules.random_flip and key(seed, "flip", epoch, row) % 2:
+        image = F.horizontal_flip(image)
+    pixels = F.pil_to_tensor(image)
+    if pixels.dtype == torch.uint8:
+        pixels = pixels / 127.5 - 1
+    else:
+        pixels = pixels.clamp(0, 1) * 2 - 1  # bicubic and lanczos overshoot; 8-bit images were clipped by the resize
+    return pixels.expand(rules.channels, side, side)
+
+
+def background_rgb(colour: str) -> tuple[int, int, int]:
+    """The three numbers, 0 to 255, of a colour name or #rrggbb. Raises ValueError."""
+    numbers = ImageColor.getrgb(colour)
+    if len(numbers) != 3:
+        raise ValueError(f"colour {colour!r} is itself transparent")
+    return numbers
+
+
+def _check_size(size: tuple[int, int], rules: Data) -> None:
+    (width, height), (short, long) = size, sorted(size)
+    if width * height > rules.max_pixels:
+        raise BadRow(f"is {width}x{height}, more than data.max_pixels {rules.max_pixels}")
+    if short < rules.min_side:
+        raise BadRow(f"is {width}x{height}, with a side below data.min_side {rules.min_side}")
+    if long > short * rules.max_aspect_ratio:
+        raise BadRow(f"is {width}x{height}, longer than data.max_aspect_ratio {rules.max_aspect_ratio:g} allows")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _flatten(image: Image.Image, rules: Data) -> Image.Image:
+    """An opaque image: RGB or L by `rules.channels`, or F for more than 8 bits."""
+    if _is_deep(image):
+        return _scale_deep(image)
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, background_rgb(rules.background))
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+    elif image.mode == "CMYK" and image.info.get("icc_profile"):
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    elif image.mode not in PLAIN_MODES:
+        raise BadRow(f"has the colour mode {image.mode}: convert it to RGB")
+    return image.convert("RGB" if rules.channels == 3 else "L")
+
+
+def _scale_deep(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits -> mode F in [0, 1]: integers by 65535; floats as they are, or by 255 if above 1.
+
+    Pillow's own convert("RGB") clips 16-bit values at 255 and truncates floats: white and black pictures, silently.
+    """
+    if "transparency" in image.info:
+        raise BadRow(f"has the mode {image.mode} with a transparent colour: save it as 8-bit RGBA")
+    values = np.asarray(image).astype(np.float32)
+    low, high = float(values.min()), float(values.max())
+    white = 65535.0 if image.mode != "F" else 1.0 if high <= 1 else 255.0
+    if not (low >= 0 and high <= white):  # also refuses NaN
+        known = "0 to 65535" if image.mode != "F" else "0 to 1 or 0 to 255"
+        raise BadRow(f"holds values from {low:g} to {high:g} (mode {image.mode}), which must lie within {known}")
+    return Image.fromarray(values / white)

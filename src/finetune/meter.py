@@ -1,0 +1,80 @@
+"""What is measured between two lines of metrics.jsonl, on the device and without a host sync per step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from finetune.objective import LossTerms, Objective
+
+Item = TypeVar("Item")
+
+
+class Meter:
+    """Means of the loss and its parts over the steps that were taken, throughput, and the time spent on waiting."""
+
+    def __init__(self, accelerator: Accelerator, objective: Objective) -> None:
+        self._accelerator, self._objective = accelerator, objective
+        self._step: list[dict[str, Tensor]] = []
+        self._interval: list[dict[str, Tensor]] = []
+        self._grad_norm = math.nan
+        self._restart()
+
+    @torch.no_grad()
+    def add(self, terms: LossTerms) -> None:
+        """The terms of one micro-batch of the step that is under way."""
+        quarter = (self._objective.process.fraction(terms.level) * 4).long().clamp(max=3)
+        sums = {"loss": (terms.per_sample * terms.weight).sum(), "count": terms.weight.new_tensor(len(terms.weight))}
+        sums |= {name: value.sum() for name, value in terms.terms.items()}
+        for q in range(4):
+            sums[f"loss_q{q}"] = (terms.per_sample * (quarter == q)).sum()
+            sums[f"count_q{q}"] = (quarter == q).sum()
+        self._step.append(sums)
+
+    def commit(self, grad_norm: float) -> None:
+        """The step was taken: it counts."""
+        self._interval += self._step
+        self._step = []
+        self._grad_norm = grad_norm
+
+    def discard(self) -> bool:
+        """The step was not taken. Returns whether its loss on this process was finite."""
+        finite = all(math.isfinite(sums["loss"]) for sums in self._step)
+        self._step = []
+        return finite
+
+    def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items; the time spent on waiting for them is measured."""
+        while True:
+            start = time.perf_counter()
+            item = next(items, None)
+            self._waited += time.perf_counter() - start
+            if item is None:
+                return
+            yield item
+
+    def read(self) -> dict[str, float | None]:
+        """Means over all processes since the last call: loss, each term, loss_q0..3 (by quarter of the noise levels,
+        least noise first; None where no sample fell), grad_norm, images_per_second, data_wait (share of the time)."""
+        names = list(self._interval[0])
+        sums = torch.stack([torch.stack([step[name].float() for name in names]).double() for step in self._interval])
+        total = dict(zip(names, self._accelerator.reduce(sums.sum(0), "sum").tolist(), strict=True))
+        elapsed = time.perf_counter() - self._start
+        means = {name: total[name] / total["count"] for name in names if not name.startswith(("count", "loss_q"))}
+        for q in range(4):
+            means[f"loss_q{q}"] = total[f"loss_q{q}"] / total[f"count_q{q}"] if total[f"count_q{q}"] else None
+        speed = {"images_per_second": total["count"] / elapsed, "data_wait": self._waited / elapsed}
+        self._restart()
+        return means | {"grad_norm": self._grad_norm} | speed
+
+    def _restart(self) -> None:
+        self._interval = []
+        self._start, self._waited = time.perf_counter(), 0.0

@@ -1,0 +1,161 @@
+"""The first screen of a run: what will be done, before any of it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from finetune.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from finetune.trainer import Trainer
+
+
+def plan_text(trainer: Trainer) -> str:
+    """The plan of `trainer` as an aligned table of at most 20 lines."""
+    cfg, processes = trainer.cfg, trainer.accelerator.num_processes
+    return table(
+        {
+            "data": data_line(trainer.data.facts, cfg),
+            "classes": classes_line(trainer.data.facts),
+            "space": f"{cfg.space.kind}, x0 {trainer.space.channels}x{trainer.space.size}x{trainer.space.size}",
+            "conditioning": conditioning_line(cfg),
+            "model": model_line(trainer.unet, trainer.space.parameters_frozen + trainer.conditioner.parameters_frozen),
+            "objective": objective_line(cfg),
+            "batch": f"{trainer.global_batch} images = {trainer.micro_batch} per micro-step x {trainer.accumulation} "
+            f"accumulated x {processes} process{'es' * (processes > 1)}",
+            "steps": f"{trainer.steps:,} of the optimizer = {trainer.steps * trainer.global_batch:,} images = "
+            f"{trainer.steps * trainer.global_batch / len(trainer.data):.4g} epochs",
+            "optimizer": optimizer_line(cfg),
+            "averages": averages_line(cfg),
+            "device": f"{processes} x {trainer.accelerator.device.type}, network in "
+            f"{trainer.accelerator.mixed_precision.replace('no', 'float32')}, seed {cfg.seed}",
+            "start": start_line(trainer.step, trainer.resumed_from_processes, processes),
+            "checkpoints": checkpoints_line(trainer.unet, cfg),
+            "samples": samples_line(cfg),
+            "output": str(trainer.output_dir),
+            "push": push_line(cfg, trainer.output_dir.resolve().name),
+        }
+    )
+
+
+def start_line(step: int, before: int | None, now: int) -> str:
+    """Where the run begins and, if it goes on, how exactly; before, now: numbers of processes."""
+    if before is None:
+        return "at step 0"
+    if before == now:
+        return f"resumes at step {step:,}, bit for bit on the same kind of machine with the same number of threads"
+    return f"resumes at step {step:,} with {now} processes, saved by {before}: same samples and noise, other rounding"
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """One line per row, values aligned; rows with an empty value are left out, control characters are not shown."""
+    width = max(map(len, rows))
+    shown = {name: "".join(c if c.isprintable() else " " for c in value) for name, value in rows.items() if value}
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in shown.items())
+
+
+def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
+    """Source, rows, sizes, and what happens to them."""
+    source = cfg.data.train_data_dir or cfg.data.dataset_name or "from Python"
+    parts = [f"{source}: {facts['rows']:,} images"]
+    if facts["left_out"]:
+        parts.append(f"{facts['left_out']:,} left out")
+    width, height = facts["width"], facts["height"]
+    smallest, largest = f"{width['min']}x{height['min']}", f"{width['max']}x{height['max']}"
+    sizes = smallest if smallest == largest else f"{smallest} to {largest}"
+    parts.append(f"{sizes} -> {cfg.data.resolution}x{cfg.data.resolution}")
+    if facts["upscaled"]:
+        parts.append(f"{facts['upscaled']:,} upscaled")
+    if "captions" in facts:
+        parts.append(f"{facts['captions']['count']:,} captions ({facts['captions']['empty']:,} empty)")
+    return ", ".join(parts)
+
+
+def classes_line(facts: Mapping[str, Any], *, most: int = 8) -> str:
+    """The classes with their numbers of images, at most `most` of them; empty without classes."""
+    classes = facts.get("classes")
+    if not classes:
+        return ""
+    shown = ", ".join(f"{name} ({count:,})" for name, count in list(classes.items())[:most])
+    return f"{len(classes)}: {shown}" + (", ..." if len(classes) > most else "")
+
+
+def conditioning_line(cfg: TrainConfig) -> str:
+    """Kind and dropout."""
+    if cfg.conditioning.kind == "none":
+        return "none"
+    return f"{cfg.conditioning.kind}, dropped for {cfg.conditioning.condition_dropout:.4g} of the samples"
+
+
+def model_line(unet: nn.Module, frozen: int) -> str:
+    """Class and numbers of parameters; frozen: those of VAE and text encoder."""
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    frozen += sum(p.numel() for p in unet.parameters() if not p.requires_grad)
+    return f"{type(unet).__name__}, {count(trained)} parameters trained, {count(frozen)} frozen"
+
+
+def count(n: int) -> str:
+    """12_345_678 -> "12.3 M"."""
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if n >= unit:
+            return f"{n / unit:.3g}{name}"
+    return str(n)
+
+
+def objective_line(cfg: TrainConfig) -> str:
+    """Process, what is predicted, and how it is weighted."""
+    objective = cfg.objective
+    parts = [f"{objective.kind}, {objective.prediction_type}, {objective.num_train_timesteps} levels"]
+    parts.append(f"{objective.beta_schedule} schedule" + ", zero terminal SNR" * objective.rescale_betas_zero_snr)
+    if objective.snr_gamma is not None:
+        parts.append(f"min-SNR {objective.snr_gamma:g}")
+    if objective.noise_offset:
+        parts.append(f"noise offset {objective.noise_offset:g}")
+    return ", ".join(parts)
+
+
+def optimizer_line(cfg: TrainConfig) -> str:
+    """Learning rate, its schedule, and clipping."""
+    optimizer, norm = cfg.optimizer, cfg.train.max_grad_norm
+    warmup = f", {optimizer.lr_warmup_steps} warm-up steps" if optimizer.lr_warmup_steps else ""
+    clipping = f", gradient norm at most {norm:g}" if norm else ""
+    return f"AdamW, learning rate {optimizer.learning_rate:g}, {optimizer.lr_scheduler}{warmup}{clipping}"
+
+
+def averages_line(cfg: TrainConfig) -> str:
+    """The decays of the averages, or that there are none."""
+    if not cfg.ema.use_ema:
+        return "none: samples and export use the last weights"
+    decays = ", ".join(f"{decay:g}" for decay in cfg.ema.ema_max_decay)
+    return f"decay {decays} ({cfg.ema.ema_warmup} warm-up); samples and export use the first"
+
+
+def checkpoints_line(unet: nn.Module, cfg: TrainConfig) -> str:
+    """How often, how many, and the space on the disk they will take: weights, two moments of AdamW, averages."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in unet.state_dict().values())
+    trained = 4 * sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    averages = len(cfg.ema.ema_max_decay) if cfg.ema.use_ema else 0
+    size = (weights + (2 + averages) * trained) / 1e6
+    kept = cfg.checkpoint.checkpoints_total_limit
+    # One more than are kept: the oldest goes only when the newest is whole.
+    return (
+        f"every {cfg.checkpoint.checkpointing_steps:,} steps, the last {kept} kept: {kept} x {size:,.1f} MB, "
+        f"{(kept + 1) * size:,.1f} MB while one is written"
+    )
+
+
+def samples_line(cfg: TrainConfig) -> str:
+    """How many images, how, and when."""
+    sample = cfg.sample
+    often = f"every {sample.sample_every:,} steps and at the end" if sample.sample_every else "at the end"
+    return f"{sample.num_images} images {often}, {sample.scheduler} in {sample.num_inference_steps} steps"
+
+
+def push_line(cfg: TrainConfig, name: str) -> str:
+    """The repository, or no; name: that of output_dir, which is the default."""
+    if not cfg.hub.push:
+        return "no"
+    return f"{cfg.hub.hub_model_id or name} ({'private' if cfg.hub.private else 'public'}) when training is done"

@@ -1,0 +1,112 @@
+"""Loading frozen and pretrained parts from a local folder or the Hub: safetensors only, float32, no code."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def resolve_source(name: str, *, setting: str, revision: str | None = None) -> str:
+    """The local folder or Hub id that `name` stands for; a folder that exists wins over a Hub id of the same name.
+
+    setting: where the name was given, for the message. Raises ConfigError if it can be neither, or if a revision is
+    asked of a local folder, which has none.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ConfigError(f"{setting}: a local folder has no revision, got {revision!r} for {path}: remove it")
+        return str(path)
+    if path.exists() or not HUB_ID.fullmatch(name):
+        raise ConfigError(
+            f"{setting}: {name!r} is neither a folder (looked for {path.absolute()}) nor a Hub id such as owner/name: "
+            "correct the path or the id"
+        )
+    return name
+
+
+def load_pretrained(
+    cls: type,
+    name: str,
+    *,
+    setting: str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+) -> Any:
+    """cls.from_pretrained(name, ...) in evaluation mode and float32, from safetensors, with every weight accounted for.
+
+    cls: a diffusers or transformers model class. Raises ConfigError if the model is not there, cannot be reached, or
+    lacks weights that the class has.
+    """
+    import diffusers
+    import torch
+
+    source, options = _place(name, setting=setting, revision=revision, subfolder=subfolder)
+    options |= {"variant": variant} if variant is not None else {}
+    dtype = "torch_dtype" if issubclass(cls, diffusers.ModelMixin) else "dtype"  # the libraries' names for it
+    fixed = {"use_safetensors": True, "output_loading_info": True, dtype: torch.float32}
+    try:
+        model, report = cls.from_pretrained(source, **fixed, **options)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(cls, source, setting, options, error) from error
+    if bad := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise ConfigError(
+            f"{setting}: {source} does not hold every weight of a {cls.__name__}: {len(bad)} are missing or of another "
+            f"shape, such as {bad[0]}: name a folder that does"
+        )
+    return model.eval()
+
+
+def load_tokenizer(name: str, *, setting: str, revision: str | None = None, subfolder: str | None = None) -> Any:
+    """The CLIPTokenizer of a local folder or Hub repository. Raises ConfigError if there is none or it is empty."""
+    from transformers import CLIPTokenizer
+
+    source, options = _place(name, setting=setting, revision=revision, subfolder=subfolder)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(CLIPTokenizer, source, setting, options, error) from error
+    if len(tokenizer) <= 3:  # transformers makes an empty tokenizer where it finds no vocabulary
+        raise ConfigError(f"{setting}: no vocabulary (tokenizer.json, or vocab.json and merges.txt) in {source}")
+    return tokenizer
+
+
+def load_model_config(cls: type, name: str, *, setting: str, revision: str | None, subfolder: str | None) -> dict:
+    """The config.json of a diffusers model, as a dict. Raises ConfigError if there is none."""
+    source, options = _place(name, setting=setting, revision=revision, subfolder=subfolder)
+    try:
+        return cls.load_config(source, **options)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(cls, source, setting, options, error) from error
+
+
+def _place(name: str, *, setting: str, revision: str | None, subfolder: str | None) -> tuple[str, dict[str, str]]:
+    """Where to load from, as the libraries' first argument and the keyword arguments beside it."""
+    source = resolve_source(name, setting=setting, revision=revision)
+    if not Path(source).is_dir():
+        options = {"revision": revision, "subfolder": subfolder}
+        return source, {key: value for key, value in options.items() if value is not None}
+    # Joined here, because diffusers loads from the folder itself, without a word, where the subfolder is missing.
+    folder = Path(source, subfolder or "")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{setting}: {source} has no folder {subfolder!r}: correct the subfolder, or set it to null if "
+            f"{source} itself holds the files"
+        )
+    return str(folder), {}
+
+
+def _not_loaded(cls: type, source: str, setting: str, options: dict[str, str], error: Exception) -> ConfigError:
+    place = "folder" if Path(source).is_dir() else "Hub repository"
+    beside = "".join(f", {key} {value}" for key, value in options.items())
+    reason = " ".join(str(error).split())[:400]
+    return ConfigError(f"{setting}: no {cls.__name__} could be loaded from the {place} {source}{beside}: {reason}")

@@ -1,0 +1,40 @@
+"""Devices and processes, as Accelerate gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+
+from finetune import tracking
+from finetune.config import TrainConfig
+from finetune.errors import ConfigError
+
+
+def build_accelerator(cfg: TrainConfig) -> Accelerator:
+    """Accelerate's devices, processes and precision. Raises ConfigError if it cannot give what cfg asks for."""
+    try:
+        accelerator = Accelerator(
+            mixed_precision=cfg.train.mixed_precision,
+            log_with=tracking.trackers(cfg.tracking),
+            project_dir=Path(cfg.output_dir) / "logs",
+        )
+    except ValueError as error:  # such as fp16 on a CPU, or a second precision in one Python process
+        raise ConfigError(f"train.mixed_precision {cfg.train.mixed_precision}: {error}") from error
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ConfigError(
+            f"{accelerator.distributed_type.value}: only data-parallel training (DDP) is supported so far; launch with "
+            "configs/accelerate/multi_gpu.yaml"
+        )
+    accelerator.gradient_accumulation_steps = 1  # accumulated by the loop, in windows that do not end with an epoch
+    return accelerator
+
+
+def over_processes(accelerator: Accelerator, number: int) -> int:
+    """The largest `number` of any process: all of them must decide alike."""
+    if accelerator.num_processes == 1:
+        return number
+    largest = torch.tensor(int(number), device=accelerator.device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)

@@ -1,0 +1,182 @@
+"""The rows of a data set as training needs them: encoded image, captions, class label."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from finetune.config import Data
+from finetune.errors import DataError
+from finetune.folder import is_within
+from finetune.images import BadRow
+from finetune.sources import Source, with_encoded_images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row as it is stored; `Rows` says what it means."""
+
+    number: int
+    content: bytes | None
+    path: str | None
+    captions: tuple[Any, ...]
+    label: Any
+
+    @property
+    def name(self) -> str:
+        """What an error calls it: the file, the row, or both."""
+        if self.content is None and self.path:
+            return self.path
+        return f"row {self.number} ({self.path})" if self.path else f"row {self.number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Access to the rows of a data set by number, which stays the same whichever rows are used. Picklable."""
+
+    dataset: Dataset
+    folders: tuple[str, ...] | None
+    image_column: str
+    caption_columns: tuple[str, ...]
+    label_column: str | None
+    class_names: tuple[str, ...] | None
+    class_index: dict[str, int] | None
+    """Index of each class name; None if the column holds the indices themselves."""
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, numbers: Sequence[int]) -> list[Row]:
+        """Read rows by number, without opening the files that they name."""
+        table = self.dataset[[int(number) for number in numbers]]
+        images = [image or {"bytes": None, "path": None} for image in table[self.image_column]]
+        captions = [()] * len(images)
+        if self.caption_columns:
+            captions = list(zip(*(table[column] for column in self.caption_columns), strict=True))
+        labels = table[self.label_column] if self.label_column else [None] * len(images)
+        return [
+            Row(number=int(number), content=image["bytes"], path=image["path"], captions=cells, label=label)
+            for number, image, cells, label in zip(numbers, images, captions, labels, strict=True)
+        ]
+
+    def file(self, row: Row) -> str | None:
+        """The file that holds the image; None if the row itself does. Raises BadRow outside the data's folders."""
+        if row.content is not None:
+            return None
+        if not row.path:
+            raise BadRow("has no image (null)")
+        if "://" in row.path or "::" in row.path:
+            raise BadRow("names an address, not a local file")
+        if self.folders is None:
+            return row.path
+        path = os.path.join(self.folders[0], row.path)
+        if not is_within(path, self.folders):
+            raise BadRow(f"leads out of the folder of the data, {self.folders[0]}")
+        return path
+
+    def image_bytes(self, row: Row) -> bytes:
+        """The encoded image. Raises BadRow."""
+        path = self.file(row)
+        if path is None:
+            return row.content
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BadRow(f"cannot be read: {error.strerror or error}") from None
+
+    def captions(self, row: Row) -> tuple[str, ...] | None:
+        """The captions that one is drawn from, at least one; None if captions are not used. Raises BadRow."""
+        if not self.caption_columns:
+            return None
+        options: list[str] = []
+        for column, cell in zip(self.caption_columns, row.captions, strict=True):
+            cells = cell if isinstance(cell, list | tuple) else [cell]
+            for caption in cells:
+                if not isinstance(caption, str):
+                    what = "is null" if caption is None else f"is {caption!r}, not text"
+                    raise BadRow(f"has no caption: column {column!r} {what} (an empty caption is '')")
+                options.append(caption)
+        if not options:
+            raise BadRow(f"has no caption: the list in column {self.caption_columns[0]!r} is empty")
+        return tuple(options)
+
+    def label(self, row: Row) -> int | None:
+        """The index into class_names; None if labels are not used. Raises BadRow."""
+        if self.label_column is None:
+            return None
+        if row.label is None or row.label == -1:  # -1 is how datasets' ClassLabel says "not labelled"
+            raise BadRow(f"has no label: column {self.label_column!r} is {row.label!r}")
+        label = row.label if self.class_index is None else self.class_index[row.label]
+        if not 0 <= label < len(self.class_names):
+            raise BadRow(f"has the label {label}, but there are {len(self.class_names)} classes")
+        return label
+
+    def digest(self, row: Row, content: bytes) -> bytes:
+        """16 bytes that identify the image, captions and label of a usable row, wherever they are stored."""
+        label = self.label(row)
+        name = None if label is None else self.class_names[label]
+        words = repr((self.captions(row), label, name)).encode()
+        head = len(words).to_bytes(8, "little")
+        return hashlib.blake2b(head + words + hashlib.blake2b(content).digest(), digest_size=16).digest()
+
+
+def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows:
+    """The rows of a source by the columns that the configuration names. Raises DataError about a missing column."""
+    dataset, columns = source.dataset, [data.image_column]
+    caption_columns: tuple[str, ...] = ()
+    _require(source, data.image_column, "data.image_column", "set it to the column that holds the images")
+    if captions:
+        caption_columns = (data.caption_column,) if isinstance(data.caption_column, str) else data.caption_column
+        remedy = (
+            "set it to the column that holds the captions; in a folder of images, write a.txt beside each a.jpg, or a "
+            'metadata.jsonl with lines such as {"file_name": "a.jpg", "text": "a red chair"}; or train without text '
+            "(conditioning.kind none)"
+        )
+        for column in caption_columns:
+            _require(source, column, "data.caption_column", remedy)
+        columns += caption_columns
+    class_names, class_index = None, None
+    if labels:
+        remedy = "set it to the column that holds the labels; in a folder of images, give each class its sub-folder"
+        _require(source, data.label_column, "data.label_column", remedy)
+        class_names, named = _classes(dataset, data.label_column, source.name)
+        class_index = {name: index for index, name in enumerate(class_names)} if named else None
+        columns.append(data.label_column)
+    dataset = dataset.with_format(None).select_columns(list(dict.fromkeys(columns)))
+    return Rows(
+        dataset=with_encoded_images(dataset, data.image_column, source.name),
+        folders=source.folders,
+        image_column=data.image_column,
+        caption_columns=caption_columns,
+        label_column=data.label_column if labels else None,
+        class_names=class_names,
+        class_index=class_index,
+    )
+
+
+def _require(source: Source, column: str, setting: str, remedy: str) -> None:
+    if column not in source.dataset.column_names:
+        found = ", ".join(source.dataset.column_names) or "none"
+        raise DataError(f"{source.name} has no column {column!r} ({setting}); columns found: {found}. {remedy}.")
+
+
+def _classes(dataset: Dataset, column: str, name: str) -> tuple[tuple[str, ...], bool]:
+    """Class names, and whether the column holds names (sorted here) rather than their indices."""
+    feature = dataset.features[column]
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names), False
+    values = [value for value in dataset.unique(column) if value is not None]
+    if values and all(type(value) is int for value in values):
+        if min(values) < 0:
+            raise DataError(f"column {column!r} of {name} holds the label {min(values)}: classes are numbered from 0")
+        return tuple(str(index) for index in range(max(values) + 1)), False
+    if values and all(type(value) is str for value in values):
+        digits = all(value.isdecimal() for value in values)  # "10" comes after "9", as the numbers of a CSV file do
+        return tuple(sorted(values, key=int if digits else None)), True
+    raise DataError(f"column {column!r} (data.label_column) of {name} holds {feature}, not class labels")

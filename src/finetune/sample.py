@@ -1,0 +1,343 @@
+"""Drawing images from a pipeline, grids of them, and the command `finetune sample`. Imports no torch until it draws."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ConfigError
+from finetune.pretrained import resolve_source
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
+    from finetune.config import TrainConfig
+
+SCHEDULER_NAMES = ("ddpm", "ddim", "dpmsolver++", "unipc", "euler", "euler_ancestral")
+DEFAULT_IMAGES = 16  # of an unconditional or class-conditional pipeline
+BATCH_PIXELS = 1 << 19  # drawn at a time by default: 16 images of 128 pixels, 2 of 512
+GRID_SIDE = 96  # smaller images are enlarged in grids, so that labels fit under them
+LABEL_LINES = 2
+
+
+def generate(
+    pipeline: DiffusionPipeline,
+    *,
+    num_images: int,
+    seed: int,
+    prompts: Sequence[str] | None = None,
+    class_labels: Sequence[int] | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int | None = None,
+) -> list[Image]:
+    """Draw num_images images from a UNetPipeline or a stock DDPM, DDIM or StableDiffusion pipeline.
+
+    Image i takes all its noise from a CPU generator seeded with seed + i, so it does not depend on batch_size, on the
+    other images or on the device, and torch's global random state is not touched. Prompts or class labels are repeated
+    to fill num_images; without labels, a class-conditional pipeline draws each class in turn. num_inference_steps,
+    guidance_scale: unset for the pipeline's own. Raises ConfigError for what the pipeline cannot take.
+    """
+    import torch
+
+    if num_images < 1:
+        raise ConfigError(f"num_images must be at least 1, got {num_images}")
+    wanted = wanted_conditions(pipeline, num_images, prompts=prompts, class_labels=class_labels)
+    options = _options(pipeline, num_inference_steps, guidance_scale)
+    batch_size = batch_size or batch_for(pipeline)
+    images: list[Image] = []
+    for start in range(0, num_images, batch_size):
+        n = min(batch_size, num_images - start)
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(n)]
+        if wanted is None:
+            given: dict[str, Any] = {"batch_size": n}
+        elif isinstance(wanted[0], str):
+            given = {"prompt": wanted[start : start + n]}
+        else:
+            given = {"class_labels": wanted[start : start + n]}
+        images += pipeline(**given, **options, generator=generators).images
+    return images
+
+
+def wanted_conditions(
+    pipeline: DiffusionPipeline,
+    num_images: int,
+    *,
+    prompts: Sequence[str] | None = None,
+    class_labels: Sequence[int] | None = None,
+) -> list[str] | list[int] | None:
+    """The prompt or class label of each image, repeated to num_images; None if the pipeline is unconditional."""
+    kind = conditioning_of(pipeline)
+    if prompts and kind not in ("text", "pooled_text"):
+        raise ConfigError(f"this pipeline takes no prompts (conditioning {kind}): leave them out")
+    if class_labels and kind != "class_label":
+        raise ConfigError(f"this pipeline takes no class labels (conditioning {kind}): leave them out")
+    if kind == "none":
+        return None
+    given = list(class_labels or range(pipeline.config.num_classes)) if kind == "class_label" else list(prompts or ())
+    if not given:
+        raise ConfigError("this pipeline draws from text: give at least one prompt")
+    return [given[i % len(given)] for i in range(num_images)]
+
+
+def captions_of(pipeline: DiffusionPipeline, wanted: Sequence[str] | Sequence[int] | None) -> list[str] | None:
+    """What to write under each image: its prompt, its class name or number, or nothing."""
+    if wanted is None:
+        return None
+    names = pipeline.config.class_names if conditioning_of(pipeline) == "class_label" else None
+    return [names[each] if names else str(each) for each in wanted]
+
+
+def conditioning_of(pipeline: DiffusionPipeline) -> str:
+    """none, class_label, pooled_text or text. Raises ConfigError for a pipeline that this package cannot draw from."""
+    name = type(pipeline).__name__
+    if name == "UNetPipeline":
+        return pipeline.config.conditioning
+    kinds = {"DDPMPipeline": "none", "DDIMPipeline": "none", "StableDiffusionPipeline": "text"}
+    if name not in kinds:
+        raise ConfigError(f"cannot draw from a {name}: it must be a UNetPipeline or one of {', '.join(kinds)}")
+    return kinds[name]
+
+
+def batch_for(pipeline: DiffusionPipeline) -> int:
+    """How many images to draw at a time: 1 to 16, fewer the larger they are."""
+    side = pipeline.unet.config.sample_size
+    vae = pipeline.components.get("vae")
+    if vae is not None:
+        side *= 2 ** (len(vae.config.block_out_channels) - 1)
+    return max(1, min(16, BATCH_PIXELS // side**2))
+
+
+def _options(pipeline: DiffusionPipeline, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """The keyword arguments of the pipeline's call that do not differ between images."""
+    from finetune.pipelines import check_stable_diffusion_guidance, check_steps
+
+    name = type(pipeline).__name__
+    options: dict[str, Any] = {}
+    if steps is not None:
+        check_steps(pipeline.scheduler, steps)
+        options["num_inference_steps"] = steps
+    if name in ("DDPMPipeline", "DDIMPipeline"):
+        if guidance not in (None, 0, 1):
+            raise ConfigError(f"there is no condition to guide with: guidance_scale must be 1, got {guidance}")
+    elif guidance is not None:
+        options["guidance_scale"] = guidance
+    if name == "StableDiffusionPipeline" and guidance is not None:
+        check_stable_diffusion_guidance(guidance)
+    if name == "DDIMPipeline":
+        options["use_clipped_model_output"] = True  # as in UNetPipeline
+    return options
+
+
+def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path) -> None:
+    """Draw the images that cfg.sample asks for and write them to `path` as one labelled grid."""
+    section = cfg.sample
+    pipeline.set_progress_bar_config(desc="sampling", leave=False)
+    given = {"prompts": section.prompts, "class_labels": section.class_labels}
+    images = generate(
+        pipeline,
+        num_images=section.num_images,
+        seed=section.sample_seed,
+        num_inference_steps=section.num_inference_steps,
+        guidance_scale=section.guidance_scale,
+        **given,
+    )
+    labels = captions_of(pipeline, wanted_conditions(pipeline, section.num_images, **given))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(images, labels).save(path)
+
+
+def grid(images: Sequence[Image], labels: Sequence[str] | None = None, columns: int | None = None) -> Image:
+    """Images of one size, row by row on white, each with its label under it; about square unless columns is given.
+
+    Images smaller than GRID_SIDE are enlarged by a whole factor without smoothing.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not images or len({image.size for image in images}) > 1:
+        raise ValueError("a grid needs at least one image, all of one size")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"a grid needs one label per image, got {len(labels)} for {len(images)}")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    factor = -(-GRID_SIDE // max(images[0].size))
+    width, height = (side * factor for side in images[0].size)
+    font, margin = ImageFont.load_default(size=11), 4
+    texts = [_wrapped(label, font, width) for label in labels or ()]
+    strip = 14 * max((len(lines) for lines in texts), default=0)
+    step_x, step_y = width + margin, height + strip + margin
+    rows = -(-len(images) // columns)
+    canvas = Image.new("RGB", (columns * step_x + margin, rows * step_y + margin), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, image in enumerate(images):
+        left, top = margin + i % columns * step_x, margin + i // columns * step_y
+        canvas.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
+        for line, text in enumerate(texts[i] if texts else ()):
+            draw.text((left, top + height + 14 * line), text, fill="black", font=font)
+    return canvas
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """Words of `text` on at most LABEL_LINES lines of `width` pixels; what does not fit is cut and marked by dots."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    cut = len(lines) > LABEL_LINES
+    lines = lines[:LABEL_LINES]
+    for i, line in enumerate(lines):
+        if font.getlength(line) > width or (cut and i == LABEL_LINES - 1):
+            while line and font.getlength(line + "...") > width:
+                line = line[:-1]
+            lines[i] = line + "..."
+    return lines
+
+
+def load_pipeline(source: str) -> DiffusionPipeline:
+    """The pipeline of a finished run (its output_dir), of a pipeline folder or of a Hub repository.
+
+    Safetensors only, and no code from the repository. Raises ConfigError if there is none that this package can use.
+    """
+    source = _pipeline_source(source)
+    from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+
+    from finetune.pipelines import UNetPipeline
+
+    classes = {cls.__name__: cls for cls in (UNetPipeline, DDPMPipeline, DDIMPipeline, StableDiffusionPipeline)}
+    try:
+        index = DiffusionPipeline.load_config(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no pipeline (model_index.json) could be read from {source}: {error}") from error
+    name = str(index.get("_class_name"))
+    if name not in classes:
+        raise ConfigError(f"{source} holds a {name}: only {', '.join(classes)} can be drawn from")
+    libraries = {value[0] for key, value in index.items() if isinstance(value, list) and not key.startswith("_")
+                 and key != "class_names"}  # fmt: skip
+    if foreign := libraries - {"diffusers", "transformers", "stable_diffusion", None}:
+        raise ConfigError(f"{source} wants classes of {', '.join(map(str, foreign))}, which are not loaded: no code is "
+                          "taken from a model repository")  # fmt: skip
+    try:
+        return classes[name].from_pretrained(source, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the {name} of {source} could not be loaded: {' '.join(str(error).split())}") from error
+
+
+def _pipeline_source(source: str) -> str:
+    """The folder or Hub id that holds model_index.json."""
+    source = resolve_source(source, setting="finetune sample")
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        if not (folder / "pipeline" / "model_index.json").is_file():
+            raise ConfigError(
+                f"{source} holds no pipeline: looked for model_index.json and pipeline/model_index.json; give the "
+                "output_dir of a finished run or the folder of a pipeline"
+            )
+        return str(folder / "pipeline")
+    return source
+
+
+def _run_defaults(source: str) -> dict[str, Any]:
+    """Steps and guidance of the run that a stock pipeline belongs to, which has no place for them itself."""
+    import yaml
+
+    for path in (Path(source) / "config.yaml", Path(source).parent / "config.yaml"):
+        if path.is_file():
+            section = yaml.safe_load(path.read_text()).get("sample", {})
+            return {k: section[k] for k in ("num_inference_steps", "guidance_scale") if k in section}
+    return {}
+
+
+def _with_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
+    """The same pipeline with another sampler."""
+    from diffusers import DDIMPipeline, DDPMPipeline
+
+    from finetune.pipelines import UNetPipeline, with_scheduler
+
+    clip = pipeline.scheduler.config.get("clip_sample", pipeline.components.get("vae") is None)
+    scheduler = with_scheduler(pipeline.scheduler, name, clip_sample=clip)
+    if conditioning_of(pipeline) == "none" and pipeline.components.get("vae") is None:
+        return {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}.get(name, UNetPipeline)(pipeline.unet, scheduler)
+    pipeline.register_modules(scheduler=scheduler)
+    return pipeline
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "finetune sample", description="Draw images from a finished run, a pipeline folder or a Hub repository."
+    )
+    parser.add_argument("source", metavar="RUN_OR_FOLDER_OR_REPO", help="output_dir of a run, pipeline folder, Hub id")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder: 0000.png, ... and grid.png")
+    parser.add_argument("--prompt", nargs="+", action="extend", default=[], help="one or several prompts")
+    parser.add_argument("--class_label", nargs="+", action="extend", default=[], help="class numbers or names")
+    parser.add_argument("--num_images", type=int, help=f"default: one per prompt or label, else {DEFAULT_IMAGES}")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next take the next seeds")
+    parser.add_argument("--steps", type=int, help="sampling steps; default: the pipeline's, or the run's")
+    parser.add_argument("--guidance_scale", type=float, help="1 is none; default: the pipeline's, or the run's")
+    parser.add_argument("--scheduler", choices=SCHEDULER_NAMES, help="default: the pipeline's")
+    parser.add_argument("--batch_size", type=int, help="images drawn at a time; changes no image")
+    args = parser.parse_args(argv)
+    for name in ("num_images", "steps", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.seed < 0:
+        raise ConfigError(f"--seed must be at least 0, got {args.seed}")
+    if args.guidance_scale is not None and not (args.guidance_scale >= 0 and math.isfinite(args.guidance_scale)):
+        raise ConfigError(f"--guidance_scale must be at least 0, got {args.guidance_scale}")
+    given = len(args.prompt) or len(args.class_label)
+    if args.num_images is not None and args.num_images < given:
+        raise ConfigError(f"--num_images {args.num_images} is less than the {given} prompts or labels: raise it")
+    if args.prompt and args.class_label:
+        raise ConfigError("--prompt and --class_label exclude each other: give one of them")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ConfigError(f"--out {args.out} is a file or not empty: name a new folder")
+    return args
+
+
+def _labels(pipeline: DiffusionPipeline, words: list[str]) -> list[int] | None:
+    """Class labels from numbers or class names."""
+    if not words:
+        return None
+    if conditioning_of(pipeline) != "class_label":
+        raise ConfigError(f"this pipeline takes no class labels (conditioning {conditioning_of(pipeline)})")
+    names = list(pipeline.config.class_names or ())
+    unknown = [word for word in words if word not in names and not word.isdecimal()]
+    if unknown:
+        known = f" or one of {', '.join(names)}" if names else ""
+        raise ConfigError(f"--class_label {unknown[0]} is not a number{known}")
+    return [names.index(word) if word in names else int(word) for word in words]
+
+
+def sample_main(argv: list[str] | None = None) -> None:
+    """The command `finetune sample`. Raises ConfigError for arguments that cannot work, most before torch is loaded."""
+    args = _arguments(argv)
+    source = _pipeline_source(args.source)
+
+    import torch
+
+    pipeline = load_pipeline(source)
+    defaults = {} if type(pipeline).__name__ == "UNetPipeline" else _run_defaults(source)
+    if args.scheduler:
+        pipeline = _with_scheduler(pipeline, args.scheduler)
+    pipeline.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    given = {"prompts": args.prompt, "class_labels": _labels(pipeline, args.class_label)}
+    n = args.num_images or len(args.prompt) or len(args.class_label) or DEFAULT_IMAGES
+    images = generate(
+        pipeline,
+        num_images=n,
+        seed=args.seed,
+        num_inference_steps=defaults.get("num_inference_steps") if args.steps is None else args.steps,
+        guidance_scale=defaults.get("guidance_scale") if args.guidance_scale is None else args.guidance_scale,
+        batch_size=args.batch_size,
+        **given,
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(args.out / f"{i:04d}.png")
+    grid(images, captions_of(pipeline, wanted_conditions(pipeline, n, **given))).save(args.out / "grid.png")
+    print(f"{n} images and grid.png in {args.out}")

@@ -1,0 +1,174 @@
+"""Where the images come from, told apart by what is there: a Hub id, a local folder or file, a data set from Python.
+
+Whatever the source, the result is a `datasets.Dataset` whose images are still encoded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+
+from finetune.config import Data
+from finetune.errors import ConfigError, DataError
+from finetune.folder import MOST_LISTED, SPLITS, TABLES, Listing, Problem, choose_split, read_folder, scan, unsafe_path
+
+PATHS = (Value("string"), Value("large_string"))
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set as it was found, before its columns are looked at."""
+
+    name: str
+    dataset: Dataset
+    folders: tuple[str, ...] | None
+    """Real paths of the folders that image files may lie in; relative paths start at the first. None: anywhere."""
+    problems: list[Problem]
+    """What is wrong with it apart from its rows, such as a file that the metadata does not list."""
+
+
+def open_source(data: Data, dataset: Dataset | None = None, *, captions: bool = False) -> Source:
+    """Open the data that the configuration names, or `dataset`; captions: whether a.txt beside a.jpg is read.
+
+    Raises DataError where nothing can be opened, ConfigError where none or two sources are named.
+    """
+    named = data.train_data_dir or data.dataset_name
+    if dataset is not None:
+        if named:
+            raise ConfigError(f"a data set was passed and the configuration names {named}: give one of them")
+        return _from_python(dataset)
+    if named is None:
+        raise ConfigError("no data: set data.dataset_name (Hub id or path) or data.train_data_dir (folder of images)")
+    path = Path(named).expanduser()
+    if data.train_data_dir and not path.is_dir():
+        raise DataError(f"data.train_data_dir {named} is not a folder")
+    if not path.exists():
+        return _from_hub(data, named)
+    if data.revision or data.dataset_config_name:
+        raise ConfigError(
+            f"data.revision and data.dataset_config_name belong to data sets on the Hub, but {named} is a local path: "
+            "remove them"
+        )
+    return _from_path(path, data, captions)
+
+
+def _from_python(dataset: Dataset) -> Source:
+    if not isinstance(dataset, Dataset):
+        remedy = "a stream has neither row numbers nor a length"
+        if isinstance(dataset, DatasetDict):
+            remedy = f"pass one split of it: {', '.join(dataset)}"
+        raise DataError(f"the data must be a datasets.Dataset, got {type(dataset).__name__}: {remedy}")
+    return Source(name="the data set passed", dataset=dataset, folders=None, problems=[])
+
+
+def _from_hub(data: Data, named: str) -> Source:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named) or named.startswith(".") or Path(named).suffix in TABLES:
+        raise DataError(f"data.dataset_name {named}: no such file or folder, and it does not have the form of a Hub id")
+    try:
+        dataset = load_dataset(named, data.dataset_config_name, revision=data.revision, split=data.split)
+    except Exception as error:  # datasets, the Hub client, httpx and pyarrow share no base class
+        raise DataError(
+            f"data.dataset_name {named} is not a local path, and cannot be loaded from the Hub (split {data.split}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, datasets.config.HF_HUB_CACHE)
+    folders = tuple(os.path.realpath(folder) for folder in caches)
+    return Source(name=named, dataset=_one_split(dataset, named, data.split), folders=folders, problems=[])
+
+
+def _from_path(path: Path, data: Data, captions: bool) -> Source:
+    if path.is_file():
+        if path.suffix.lower() not in TABLES:
+            raise DataError(f"{path} is not a file that is read: give {', '.join(sorted(TABLES))}, or a folder")
+        return _from_tables([path], path.parent, str(path), data)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return _from_saved(path, data)
+    listing = scan(path)
+    if listing.images:
+        return _from_images(choose_split(listing, data.split), str(path), captions)
+    tables = [listing.root / table for table in listing.tables]
+    if tables:
+        return _from_tables(_tables_of_split(tables, listing.root, data.split), listing.root, str(path), data)
+    formats = f"; {len(listing.unsupported)} files have a format that is not read" if listing.unsupported else ""
+    raise DataError(f"{path} holds no images (.png, .jpg, ...) and no {', '.join(sorted(TABLES))} files{formats}")
+
+
+def _from_images(listing: Listing, name: str, captions: bool) -> Source:
+    columns, names, problems = read_folder(listing, captions=captions)
+    try:
+        dataset = Dataset.from_dict(columns)
+    except (TypeError, ValueError, OverflowError) as error:  # pyarrow's errors are ValueErrors or TypeErrors
+        raise DataError(f"the metadata of {name} mixes types within a column: {error}") from error
+    if names is not None:
+        dataset = dataset.cast_column("label", ClassLabel(names=names))
+    return Source(name=name, dataset=dataset, folders=(str(listing.root),), problems=problems)
+
+
+def _from_saved(path: Path, data: Data) -> Source:
+    try:
+        dataset = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} looks like a saved data set, but cannot be loaded: {error}") from error
+    dataset = _one_split(dataset, str(path), data.split)
+    return Source(name=str(path), dataset=dataset, folders=(os.path.realpath(path),), problems=[])
+
+
+def _one_split(dataset: Dataset | DatasetDict, named: str, split: str) -> Dataset:
+    if isinstance(dataset, Dataset):
+        return dataset
+    if not isinstance(dataset, DatasetDict) or split not in dataset:
+        raise DataError(f"{named} has no split {split!r} (data.split); it has: {', '.join(dataset)}")
+    return dataset[split]
+
+
+def _tables_of_split(tables: list[Path], root: Path, split: str) -> list[Path]:
+    """The files of a split: those whose relative path holds its name as a word; all, if none holds a split's name."""
+    words = {table: set(re.split(r"[^a-z]+", table.relative_to(root).as_posix().lower())) & SPLITS for table in tables}
+    wanted = split.split("[", 1)[0]
+    chosen = [table for table in tables if wanted in words[table] or not any(words.values())]
+    if not chosen:
+        names = ", ".join(table.name for table in tables)
+        raise DataError(f"{root} has no split {split!r} (data.split) among: {names}")
+    return chosen
+
+
+def _from_tables(tables: list[Path], root: Path, name: str, data: Data) -> Source:
+    kinds = {BUILDERS[table.suffix.lower()] for table in tables}
+    if len(kinds) > 1:
+        raise DataError(f"{name} mixes {' and '.join(sorted(kinds))} files: keep one kind, or name one file")
+    files = {data.split.split("[", 1)[0]: [str(table) for table in tables]}
+    try:
+        dataset = load_dataset(kinds.pop(), data_files=files, split=data.split)
+    except Exception as error:  # as in _from_hub; pandas' parser too
+        cause = error.__cause__ or error  # datasets wraps what happened into "An error occurred while generating"
+        raise DataError(f"{name} cannot be read: {type(cause).__name__}: {cause}") from error
+    _refuse_unsafe(dataset, data.image_column, name)
+    return Source(name=name, dataset=dataset, folders=(os.path.realpath(root),), problems=[])
+
+
+def _refuse_unsafe(dataset: Dataset, column: str, name: str) -> None:
+    """Refuse a table that names image files by paths other than relative ones that stay below it."""
+    if dataset.features.get(column) not in PATHS:
+        return
+    reasons = ((row, unsafe_path(path)) for row, path in enumerate(dataset[column]) if path is not None)
+    unsafe = [f"  row {row}: {column} {reason}" for row, reason in reasons if reason]
+    if unsafe:
+        raise DataError(f"{len(unsafe)} rows of {name} are refused:\n" + "\n".join(unsafe[:MOST_LISTED]))
+
+
+def with_encoded_images(dataset: Dataset, column: str, name: str) -> Dataset:
+    """The data set with `column` as {"bytes", "path"}, so that nothing but `images.decode` ever decodes it."""
+    feature = dataset.features[column]
+    struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
+    plain = feature in (*PATHS, Value("binary"), Value("large_binary"))
+    if not (struct or plain or isinstance(feature, Image)):
+        raise DataError(f"column {column!r} (data.image_column) of {name} holds {feature}, not images, bytes or paths")
+    if feature == Value("large_string"):  # as CSV files are read; Image does not take it
+        dataset = dataset.cast_column(column, Value("string"))
+    return dataset.cast_column(column, Image(decode=False))

@@ -1,0 +1,110 @@
+"""Where the diffusion happens: on pixels, or on the latents of a frozen VAE. Both encode to x0 and decode back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from finetune.errors import ConfigError
+from finetune.pretrained import load_model_config, load_pretrained
+
+if TYPE_CHECKING:
+    from finetune.config import TrainConfig
+    from finetune.seeding import PositionRandom
+
+
+class PixelSpace:
+    """x0 is the image itself."""
+
+    factor = 1
+    """Side of the image over side of x0."""
+    parameters_frozen = 0
+    """Parameters of the frozen VAE."""
+
+    def __init__(self, *, channels: int, size: int) -> None:
+        """channels and side of x0, which are those of the image."""
+        self.channels, self.size = channels, size
+
+    def encode(self, pixels: Tensor, random: PositionRandom | None = None) -> Tensor:
+        """[B, C, H, W] in [-1, 1] -> the same in float32."""
+        return pixels.float()
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same; not clamped."""
+        return x0
+
+
+class LatentSpace:
+    """x0 is a latent of a frozen AutoencoderKL, shifted and scaled to about unit variance (Rombach et al. 2022)."""
+
+    def __init__(self, vae: AutoencoderKL, *, size: int) -> None:
+        """vae: frozen here. size: side of the latents."""
+        self.vae = vae.requires_grad_(False).eval()
+        self.size = size
+        self.channels: int = vae.config.latent_channels
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.parameters_frozen = sum(p.numel() for p in vae.parameters())
+        self._shift = vae.config.shift_factor or 0.0  # None for most
+        self._scale: float = vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, random: PositionRandom | None = None) -> Tensor:
+        """[B, C, H, W] in [-1, 1] -> (z - shift) * scale, [B, c, H/factor, W/factor] float32.
+
+        z is a sample of the VAE's posterior, drawn by `random`; without it, the posterior's mean.
+        """
+        with torch.autocast(pixels.device.type, enabled=False):  # half-precision VAEs overflow
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+            z = posterior.mean.float()
+            if random is not None:
+                z = z + posterior.std.float() * random.normal("posterior", z.shape[1:])
+        return (z - self._shift) * self._scale
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Latents [B, c, h, w] as `encode` makes them -> pixels [B, C, h*factor, w*factor] float32; not clamped."""
+        with torch.autocast(x0.device.type, enabled=False):
+            return self.vae.decode((x0.float() / self._scale + self._shift).to(self.vae.dtype)).sample.float()
+
+
+Space = PixelSpace | LatentSpace
+
+
+def build_space(cfg: TrainConfig, device: torch.device | str = "cpu") -> Space:
+    """The space that cfg.space names, with its VAE loaded to `device` and frozen in float32.
+
+    Raises ConfigError if the VAE cannot be loaded or does not fit the images of cfg.data.
+    """
+    channels, resolution = cfg.data.channels, cfg.data.resolution
+    if cfg.space.kind == "pixel":
+        return PixelSpace(channels=channels, size=resolution)
+    place = {"setting": "space.vae", "revision": cfg.space.revision, "subfolder": cfg.space.subfolder}
+    config = load_model_config(AutoencoderKL, cfg.space.vae, **place)
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ConfigError(
+            f"space.vae must be an AutoencoderKL, {cfg.space.vae} holds a {config.get('_class_name')}: "
+            'name its folder, such as space.subfolder "vae" of a pipeline'
+        )
+    vae = load_pretrained(AutoencoderKL, cfg.space.vae, **place)
+    if vae.config.latents_mean is not None or vae.config.latents_std is not None:
+        raise ConfigError(
+            f"space.vae {cfg.space.vae} normalises each channel (latents_mean, latents_std), which this version does "
+            "not do: use a VAE with a scaling_factor alone"
+        )
+    if vae.config.in_channels != channels:
+        raise ConfigError(
+            f"space.vae {cfg.space.vae} reads images of {vae.config.in_channels} channels, data.channels is {channels}"
+            f": set data.channels to {vae.config.in_channels}"
+        )
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if resolution % factor:
+        below, above = resolution // factor * factor, -(-resolution // factor) * factor
+        choices = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"data.resolution must be a multiple of {factor} for the VAE {cfg.space.vae}, got {resolution}: "
+            f"use {choices}"
+        )
+    return LatentSpace(vae.to(device), size=resolution // factor)

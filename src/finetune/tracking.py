@@ -1,0 +1,103 @@
+"""Numbers of a run: metrics.jsonl, which is always written, and the trackers that Accelerate knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from finetune.config import Tracking, TrainConfig
+from finetune.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def trackers(cfg: Tracking) -> list[str]:
+    """The names in tracking.report_to. Raises ConfigError for one that Accelerate does not know or does not find."""
+    names = [cfg.report_to] if isinstance(cfg.report_to, str) else list(cfg.report_to)
+    if names == ["none"]:
+        return []
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise ConfigError(f"tracking.report_to: Accelerate knows no tracker {name!r}; choose from {known}, none")
+        if name not in installed:
+            raise ConfigError(f"tracking.report_to: {name} is not installed; pip install {name}, or choose another")
+    return names
+
+
+class Tracker:
+    """Writes each logged step to metrics.jsonl and to the trackers of `accelerator`; on the main process only."""
+
+    def __init__(self, accelerator: Accelerator, cfg: TrainConfig, *, resumed_step: int) -> None:
+        """Opens the files; lines of metrics.jsonl after `resumed_step` are of steps that will be done again, and go."""
+        self._accelerator = accelerator
+        self._path = Path(cfg.output_dir) / "metrics.jsonl"
+        self._broken = False
+        if not accelerator.is_main_process:
+            return
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= resumed_step))
+        self._guarded(accelerator.init_trackers, cfg.tracking.tracker_project_name, config=flat(cfg))
+
+    def log(self, values: Mapping[str, Any], *, step: int) -> None:
+        """One line for this optimizer step. Values are numbers, strings or None."""
+        if not self._accelerator.is_main_process:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        self._guarded(self._accelerator.log, numbers, step=step)
+
+    def close(self) -> None:
+        """Flush and end the trackers."""
+        for tracker in self._accelerator.trackers if self._accelerator.is_main_process else ():
+            self._guarded(tracker.finish)
+
+    def _guarded(self, call: Any, *args: Any, **kwargs: Any) -> None:
+        """A tracker that fails (network, disk) must not end a training that is otherwise well."""
+        if self._broken:
+            return
+        try:
+            call(*args, **kwargs)
+        except Exception as error:
+            self._broken = True
+            log.warning("tracking.report_to: the tracker failed (%s); metrics.jsonl goes on alone", error)
+
+
+def flat(cfg: TrainConfig) -> dict[str, str | int | float | bool]:
+    """The configuration as one level, {"optimizer.learning_rate": 1e-4, ...}; holds no secret, for none is in it."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for name, item in value.items() for k, v in walk(f"{prefix}{name}.", item).items()}
+        return {prefix[:-1]: value if isinstance(value, int | float | str) else str(value)}
+
+    return walk("", dataclasses.asdict(cfg))
+
+
+def peak_memory_mb(accelerator: Accelerator) -> float:
+    """Highest memory use so far in MiB: of the CUDA allocator on a GPU, else of the process."""
+    if accelerator.device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(accelerator.device) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+
+
+def _step(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line that a crash cut short
+        return sys.maxsize

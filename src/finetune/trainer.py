@@ -1,0 +1,332 @@
+"""The only training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from finetune import checkpoint, lock, sample, tracking
+from finetune.batching import Batch, make_loader
+from finetune.conditioning import build_conditioner
+from finetune.config import TrainConfig
+from finetune.config_io import dump
+from finetune.config_launch import batch_plan
+from finetune.data import open_data
+from finetune.ema import Ema
+from finetune.errors import CheckpointError, NonFiniteError
+from finetune.meter import Meter
+from finetune.models import bind, build_unet
+from finetune.objective import LossTerms, Objective, build_objective
+from finetune.optimization import build_optimizer, learning_rate
+from finetune.pipelines import build_pipeline
+from finetune.processes import build_accelerator, over_processes
+from finetune.provenance import run_facts
+from finetune.seeding import PositionRandom, key
+from finetune.signals import StopSignals, preempted
+from finetune.space import build_space
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from diffusers import DiffusionPipeline
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains the UNet that a TrainConfig describes.
+
+    State of a run: weights, averages and optimizer, `step` (optimizer steps done) and `batches` (global batches drawn;
+    ahead of `step` by the steps that were skipped as non-finite). Everything else is a function of these and the seed.
+    """
+
+    def __init__(
+        self, cfg: TrainConfig, *, dataset: Dataset | None = None, objective: Objective | None = None
+    ) -> None:
+        """Load data and models and resume if `cfg.output_dir` holds checkpoints.
+
+        dataset: an in-memory data set used instead of the one cfg.data names. objective: used instead of
+        cfg.objective's. Raises ConfigError, DataError or CheckpointError before anything is trained.
+        """
+        self.cfg = cfg
+        self.output_dir = Path(cfg.output_dir)
+        self.accelerator = build_accelerator(cfg)
+        if self.accelerator.is_main_process:
+            self._lock = lock.hold(self.output_dir)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.train.allow_tf32
+        self.global_batch, self.accumulation, self.micro_batch = batch_plan(cfg, self.accelerator.num_processes)
+
+        with self.accelerator.main_process_first():  # the check of the data is cached for the other processes
+            self.data = open_data(cfg, dataset=dataset)
+        self.steps = cfg.train.max_train_steps or math.ceil(
+            cfg.train.num_train_epochs * len(self.data) / self.global_batch
+        )
+        device = self.accelerator.device
+        self.space = build_space(cfg, device)
+        self.conditioner = build_conditioner(cfg, self.data.class_names, device)
+        self.objective = objective or build_objective(cfg.objective, clip_sample=cfg.space.kind == "pixel")
+        self.unet = build_unet(cfg, self.space, self.conditioner, seed=cfg.seed).to(device)
+        if cfg.train.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if cfg.train.channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if cfg.train.compile:
+            self.unet.compile()  # in place: the names of the weights stay
+        self.has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules())
+
+        self.parameters = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+        optimizer = build_optimizer(cfg.optimizer, self.parameters.values())
+        self.learning_rate = learning_rate(cfg.optimizer, self.steps)
+        self.ema = Ema(self.parameters, cfg.ema) if cfg.ema.use_ema else None
+        self.network, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
+
+        self.step = self.batches = self.nonfinite_steps = self.nonfinite_in_a_row = 0
+        self.resumed_from_processes: int | None = None
+        self._resume()
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the last step; then a checkpoint and the samples of the finished weights are on the disk.
+
+        Raises Preempted after a signal, NonFiniteError after max_nonfinite_steps bad steps in a row.
+        """
+        cfg, tracker = self.cfg, tracking.Tracker(self.accelerator, self.cfg, resumed_step=self.step)
+        self.write_run_files()
+        meter = Meter(self.accelerator, self.objective)
+        with StopSignals() as signals, self._progress() as bar, contextlib.closing(tracker):
+            batches = meter.waiting(self._micro_batches())
+            if self.step == self.steps:  # stopped between the last checkpoint and its samples
+                self.sample()
+            while self.step < self.steps:
+                taken = self.train_step(batches, meter)
+                bar.update(self.step - bar.n)
+                if taken and due(self.step, cfg.tracking.log_every, self.steps):
+                    tracker.log(self._log_line(meter, bar), step=self.step)
+                if number := over_processes(self.accelerator, signals.received):
+                    self.save()
+                    raise preempted(number, self.step)
+                if taken and due(self.step, cfg.checkpoint.checkpointing_steps, self.steps):
+                    self.save()
+                if taken and due(self.step, cfg.sample.sample_every, self.steps):
+                    self.sample()
+
+    def train_step(self, batches: Iterator[Batch], meter: Meter) -> bool:
+        """One optimizer step over a global batch. Returns whether it was taken; if not, only counters changed."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        rows = []
+        for micro in range(self.accumulation):
+            batch = next(batches)
+            rows += batch.rows.tolist()
+            last = micro == self.accumulation - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.network):
+                terms = self._loss(batch, micro)
+                self.accelerator.backward((terms.per_sample * terms.weight).mean() / self.accumulation)
+            meter.add(terms)
+        self.batches += 1
+        # DDP has averaged the gradients, so this norm, and with it the decision, is the same on every process.
+        max_norm = self.cfg.train.max_grad_norm or math.inf
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), max_norm))
+        if math.isfinite(grad_norm) or self.accelerator.scaler:  # fp16's scaler skips by itself, and lowers its scale
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not math.isfinite(grad_norm):
+            self._skipped(meter, rows, grad_norm)
+            return False
+        self.step += 1
+        self.nonfinite_in_a_row = 0
+        meter.commit(grad_norm)
+        if self.ema:
+            self.ema.step()
+        return True
+
+    def _loss(self, batch: Batch, micro: int) -> LossTerms:
+        random = PositionRandom(self.cfg.seed, batch.positions, self.accelerator.device)
+        x0 = self.space.encode(batch.pixel_values.to(self.accelerator.device, non_blocking=True), random)
+        condition = self.conditioner(batch, random)
+        if self.has_dropout:  # the one draw that torch makes for itself: keyed by batch, micro-step and process
+            torch.manual_seed(key(self.cfg.seed, "dropout", self.batches, micro, self.accelerator.process_index))
+        return self.objective.loss(bind(self.network, condition), x0, random)
+
+    def _skipped(self, meter: Meter, rows: list[int], grad_norm: float) -> None:
+        """Count a step that was not taken. With fp16, a finite loss whose gradient overflowed is routine."""
+        loss_was_finite = not over_processes(self.accelerator, not meter.discard())
+        if loss_was_finite and self.accelerator.scaler:
+            return
+        self.nonfinite_steps += 1
+        self.nonfinite_in_a_row += 1
+        log.warning(
+            "step %d skipped on all processes: %s, gradient norm %s, rows of this process %s; %d in a row",
+            self.step,
+            "finite loss" if loss_was_finite else "non-finite loss",
+            grad_norm,
+            rows[:16],
+            self.nonfinite_in_a_row,
+        )
+        if self.nonfinite_in_a_row >= self.cfg.train.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"loss or gradient was NaN or infinite {self.nonfinite_in_a_row} times in a row at step {self.step} "
+                "(train.max_nonfinite_steps): lower optimizer.learning_rate, or use mixed_precision bf16 or no. "
+                f"The last finite checkpoint is kept in {self.output_dir / 'checkpoints'}."
+            )
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment (main process; the others wait).
+
+        A full disk in the middle of a run costs this checkpoint only; at its end it raises OSError.
+        """
+        if self.accelerator.is_main_process:
+            try:
+                self._write_checkpoint()
+            except OSError as error:
+                if self.step == self.steps:
+                    raise
+                log.warning("no checkpoint at step %d (%s); the older ones are whole, going on", self.step, error)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self) -> None:
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        parts = {
+            "model": self.unet.state_dict(),
+            "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer, names),
+        }
+        parts |= {f"ema_{decay}": average for decay, average in self.ema.averages.items()} if self.ema else {}
+        checkpoint.save(
+            self.output_dir / "checkpoints",
+            parts=parts,
+            state=self._state(),
+            keep=self.cfg.checkpoint.checkpoints_total_limit,
+        )
+
+    def _state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "batches": self.batches,
+            "samples_seen": self.batches * self.global_batch,
+            "nonfinite_steps": self.nonfinite_steps,
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "processes": self.accelerator.num_processes,
+            "grad_scaler": scaler.state_dict() if scaler else None,
+            "identity": self._identity(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run must keep from its first to its last step: another value would be another run."""
+        sections = json.loads(json.dumps(dataclasses.asdict(self.cfg)))
+        kept = {name: sections[name] for name in ("seed", "space", "conditioning", "model", "objective", "ema")}
+        views = ("resolution", "channels", "center_crop", "random_flip", "image_interpolation_mode", "background")
+        kept |= {f"data.{name}": sections["data"][name] for name in views}
+        return kept | {"global_batch_size": self.global_batch, "data": self.data.fingerprint}
+
+    def _resume(self) -> None:
+        """Take over the checkpoint that cfg.resume_from_checkpoint means, if there is one."""
+        where = self.cfg.resume_from_checkpoint
+        with self.accelerator.main_process_first():  # a broken one is renamed by the first that sees it
+            root = self.output_dir / "checkpoints"
+            found = checkpoint.latest(root) if where == "latest" else checkpoint.load(Path(where))
+        if found is None:
+            return
+        saved, now = found.state["identity"], self._identity()
+        if changed := [name for name in now if saved.get(name) != now[name]]:
+            lines = [f"  {name}: {saved.get(name)} -> {now[name]}" for name in changed]
+            raise CheckpointError(
+                f"{found.path} belongs to another run; it was saved with other settings:\n" + "\n".join(lines) +
+                "\nSet them back, or choose another output_dir for the new run."
+            )
+        self.unet.load_state_dict(found.tensors("model"))
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        checkpoint.load_optimizer(self.optimizer.optimizer, found.tensors("optimizer"), names)
+        if self.ema:
+            self.ema.load(
+                found.state["ema_updates"], {decay: found.tensors(f"ema_{decay}") for decay in self.ema.averages}
+            )
+        if self.accelerator.scaler and found.state["grad_scaler"]:
+            self.accelerator.scaler.load_state_dict(found.state["grad_scaler"])
+        self.step, self.batches = found.state["step"], found.state["batches"]
+        self.nonfinite_steps = found.state["nonfinite_steps"]
+        self.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
+        self.resumed_from_processes = found.state["processes"]
+
+    # -- samples and files ---------------------------------------------------------------------------------------------
+
+    def pipeline(self) -> DiffusionPipeline:
+        """The pipeline around the live modules (no copies). Inside `averaged_weights` it samples from the average."""
+        return build_pipeline(self.unet, self.space, self.conditioner, self.objective.scheduler, self.cfg)
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the UNet is in evaluation mode and holds the first average, if averages are kept."""
+        self.unet.eval()
+        with self.ema.swapped_in() if self.ema else contextlib.nullcontext():
+            yield
+        self.unet.train()
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        """Draw samples/step-N.png (main process; the others wait). Touches no state of the training."""
+        if self.accelerator.is_main_process:
+            with self.averaged_weights(), self.accelerator.autocast():
+                sample.draw_grid(self.pipeline(), self.cfg, self.sample_path)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def sample_path(self) -> Path:
+        """Where `sample` draws at this step."""
+        return self.output_dir / "samples" / f"step-{self.step:08d}.png"
+
+    def write_run_files(self) -> None:
+        """config.yaml, as resolved, and run.json, what a reader needs to judge and repeat the run."""
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / "config.yaml").write_text(dump(self.cfg), "utf-8")
+            facts = run_facts(self.cfg) | {"data": self.data.facts, "data_fingerprint": self.data.fingerprint}
+            (self.output_dir / "run.json").write_text(json.dumps(facts, indent=1))
+
+    # -- small parts ---------------------------------------------------------------------------------------------------
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        loader = make_loader(
+            self.data,
+            self.cfg,
+            start=self.batches,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            accumulation=self.accumulation,
+            micro_batch=self.micro_batch,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        return iter(loader)
+
+    def _progress(self) -> tqdm:
+        hidden = not self.accelerator.is_local_main_process
+        return tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=hidden)
+
+    def _log_line(self, meter: Meter, bar: tqdm) -> dict[str, Any]:
+        line = {
+            "epoch": self.batches * self.global_batch / len(self.data),
+            "samples_seen": self.batches * self.global_batch,
+            **meter.read(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "nonfinite_steps": self.nonfinite_steps,
+            "peak_memory_mb": tracking.peak_memory_mb(self.accelerator),
+        }
+        bar.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", img_s=f"{line['images_per_second']:.1f}")
+        return line
+
+
+def due(step: int, every: int | None, last: int) -> bool:
+    """Whether something that is done every so many steps (None: never), and after the last, is to be done now."""
+    return step == last or (every is not None and step % every == 0)

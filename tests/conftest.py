@@ -1,0 +1,24 @@
+"""Shared by all tests: offline, one thread, and the numbers made by the reference code."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # the tests of the Hub set their own, in processes of their own
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("iddpm_losses") -> the arrays of tests/golden/iddpm_losses.npz."""
+
+    def read(name: str) -> dict[str, np.ndarray]:
+        with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as arrays:
+            return dict(arrays)
+
+    return read

@@ -1,0 +1,106 @@
+"""Real training processes in half a second each: forked from this one, where everything heavy is imported already.
+
+    codes = run(cfg)                                    one process, to the end
+    codes = run(cfg, processes=2)                       two, over gloo
+    codes = run(cfg, stop=(5, signal.SIGKILL))          the signal is sent as soon as step 5 stands in metrics.jsonl
+
+No Accelerator may exist in the parent, or the children would inherit its state.
+"""
+
+import json
+import logging
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from finetune import cli
+from finetune.config import TrainConfig
+from finetune.trainer import Trainer
+
+
+def run(
+    cfg: TrainConfig, *, processes: int = 1, stop: tuple[int, int] | None = None, body=None, seconds: float = 120
+) -> list[int]:
+    """Train `cfg`; returns the exit code of each process, negative for a signal. `body(cfg)` replaces the training."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    Path(cfg.output_dir).parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush(), sys.stderr.flush()
+    pids = [_fork(cfg, rank, processes, port, body or (lambda cfg: Trainer(cfg).fit())) for rank in range(processes)]
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + seconds
+    while len(codes) < processes:
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if stop and last_step(cfg) >= stop[0]:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, stop[1])
+            stop = None
+        if time.monotonic() > deadline:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, 9)
+            raise TimeoutError(f"no end after {seconds} s; {log(cfg)}")
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def log(cfg: TrainConfig) -> str:
+    """What the processes printed."""
+    return _log_path(cfg).read_text()
+
+
+def last_step(cfg: TrainConfig) -> int:
+    """The newest step in metrics.jsonl, 0 if there is none."""
+    lines = metrics(cfg)
+    return lines[-1]["step"] if lines else 0
+
+
+def metrics(cfg: TrainConfig) -> list[dict]:
+    """The whole lines of metrics.jsonl."""
+    path = Path(cfg.output_dir) / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def state(cfg: TrainConfig, step: int) -> dict[str, bytes]:
+    """Every tensor file of the checkpoint of `step`, as bytes: equal if and only if all bits are."""
+    folder = Path(cfg.output_dir) / "checkpoints" / f"step-{step:08d}"
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+def _log_path(cfg: TrainConfig) -> Path:
+    return Path(cfg.output_dir).with_suffix(".log")
+
+
+def _fork(cfg: TrainConfig, rank: int, processes: int, port: int, body) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        stream = os.open(_log_path(cfg), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(stream, 1), os.dup2(stream, 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+        logging.getLogger().handlers.clear()  # those of pytest
+        os.environ |= {"ACCELERATE_USE_CPU": "true"}
+        if processes > 1:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        code = cli.guarded(lambda _: body(cfg), [])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)

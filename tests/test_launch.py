@@ -1,0 +1,81 @@
+"""The front door, as users open it: real `accelerate launch`, real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from finetune.config_io import dump
+from tiny import ROOT, config
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+
+
+def start(tmp_path, *options, accelerate="cpu", extra=(), **sections) -> subprocess.Popen:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(config(tmp_path / "run", **sections)))
+    command = [*LAUNCH, "--config_file", str(ROOT / "configs" / "accelerate" / f"{accelerate}.yaml"), *extra]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    return subprocess.Popen(
+        [*command, "train_unet.py", "--config", str(recipe), *options],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_whole_run_over_two_processes(tmp_path):
+    output = finish(start(tmp_path, "--max_train_steps", "4", accelerate="cpu_2", extra=["--main_process_port", "0"]))
+    run = tmp_path / "run"
+    assert json.loads((run / "pipeline" / "model_index.json").read_text())["_class_name"] == "UNetPipeline"
+    assert f"samples: {run}/samples/step-00000004.png" in output
+    assert f"pipeline: {run}/pipeline" in output
+    assert (run / "samples" / "step-00000004.png").stat().st_size > 0
+    assert output.count("global batch") == 1  # the plan, by one process
+
+
+def test_configuration_error_is_said_once_and_comes_first(tmp_path):
+    process = start(tmp_path, "--train.learning_rat", "1", accelerate="cpu_2", extra=["--main_process_port", "0"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert output.count("--train.learning_rat: no such option") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_terminating_the_launcher_saves_and_leaves_nothing_running(tmp_path):
+    process = start(tmp_path, "--max_train_steps", "100000", "--checkpointing_steps", "100000")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)  # ends when the last holder of the pipe has ended
+    assert "SIGTERM: saved at step" in output
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_precision_of_the_launcher_is_honoured_and_a_contradiction_refused(tmp_path):
+    output = finish(start(tmp_path, "--max_train_steps", "1", extra=["--mixed_precision", "bf16"]))
+    assert "bf16" in output
+    process = start(tmp_path, "--mixed_precision", "fp16", extra=["--mixed_precision", "bf16"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "fp16" in output and "bf16" in output
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
+def test_accelerate_reads_each_of_its_configurations(path):
+    cfg = load_config_from_file(str(path))
+    assert cfg.num_processes >= 1
+    assert f"configs/accelerate/{path.name}" in path.read_text()
+    assert set(yaml.safe_load(path.read_text())) <= set(cfg.to_dict())

@@ -1,0 +1,77 @@
+"""The first screen says what the run will do, in numbers that the run then keeps."""
+
+import re
+
+import pytest
+import torch
+
+from finetune.meter import Meter
+from finetune.plan import checkpoints_line, classes_line, count, data_line, plan_text, push_line, table
+from finetune.trainer import Trainer
+from tiny import config
+
+torch.set_num_threads(1)
+FACTS = {
+    "rows": 1200, "left_out": 3, "upscaled": 7,
+    "width": {"min": 30, "median": 64, "max": 640}, "height": {"min": 20, "median": 64, "max": 480},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory) -> Trainer:
+    return Trainer(config(tmp_path_factory.mktemp("plan") / "run"))
+
+
+def test_plan_of_a_small_run(trainer):
+    text = plan_text(trainer)
+    rows = dict(re.fullmatch(r"  (\w+) +(.*)", line).groups() for line in text.splitlines())
+    assert len(text.splitlines()) <= 20 and max(map(len, text.splitlines())) <= 160
+    assert "20 images" in rows["data"] and rows["classes"].startswith("10: ")
+    assert rows["space"] == "pixel, x0 3x8x8" and rows["conditioning"].startswith("class_label, dropped for 0.1")
+    assert rows["batch"].startswith("8 images = 8 per micro-step x 1 accumulated x 1 process")
+    assert rows["steps"] == "9 of the optimizer = 72 images = 3.6 epochs"
+    assert rows["start"] == "at step 0" and rows["push"] == "no"
+    assert "decay 0.9, 0.5" in rows["averages"] and rows["device"].startswith("1 x ")
+    columns = {len(re.match(r"  \w+ +", line)[0]) for line in text.splitlines()}
+    assert len(columns) == 1, "values are aligned"
+
+
+def test_a_resumed_run_says_so(trainer):
+    trainer.step = 4
+    try:
+        assert "resumes at step 4 of 9" in plan_text(trainer)
+    finally:
+        trainer.step = 0
+
+
+def test_projected_size_is_the_size_that_is_written(trainer):
+    # AdamW has no state before its first step.
+    trainer.train_step(trainer._micro_batches(), Meter(trainer.accelerator, trainer.objective))
+    trainer.save()
+    [folder] = (trainer.output_dir / "checkpoints").glob("step-*")
+    written = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+    projected = float(re.search(r"2 x ([\d.,]+) MB", checkpoints_line(trainer.unet, trainer.cfg))[1])
+    assert projected == pytest.approx(written, rel=0.15)  # headers are a tenth of files this small
+
+
+def test_data_and_classes(tmp_path):
+    cfg = config(tmp_path, data={"dataset_name": "photos"})
+    assert data_line(FACTS, cfg) == "photos: 1,200 images, 3 left out, 30x20 to 640x480 -> 8x8, 7 upscaled"
+    captions = {"captions": {"count": 1300, "empty": 2}}
+    assert data_line(FACTS | captions, cfg).endswith("1,300 captions (2 empty)")
+    assert classes_line(FACTS) == ""
+    assert classes_line({"classes": {f"c{i}": i for i in range(9)}}, most=2) == "9: c0 (0), c1 (1), ..."
+
+
+def test_words():
+    assert [count(n) for n in (0, 41_000, 859_520_964, 2_567_463_684)] == ["0", "41 k", "860 M", "2.57 G"]
+
+
+def test_table_shows_no_control_characters_and_no_empty_rows():
+    assert table({"a": "1", "long": "2\x1b[31m\n3", "none": ""}) == "  a     1\n  long  2 [31m 3"
+
+
+def test_push(tmp_path):
+    assert push_line(config(tmp_path, hub={"push": True}), "digits") == "digits (private) when training is done"
+    public = config(tmp_path, hub={"push": True, "hub_model_id": "me/x", "private": False})
+    assert push_line(public, "digits").startswith("me/x (public)")

@@ -1,0 +1,148 @@
+"""A run that was killed and started again ends with the same bits; nothing that must not matter matters."""
+
+import signal
+from dataclasses import replace
+
+import pytest
+
+from finetune.config import Train
+from forked import last_step, log, metrics, run, state
+from tiny import config
+
+STEPS = 9  # 72 samples of 20 rows: the run stops in the middle of its fourth epoch
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """reference(processes, accumulation, workers=0) -> the final state of an uninterrupted run."""
+    known = {}
+
+    def uninterrupted(processes=1, accumulation=1):
+        if (processes, accumulation) not in known:
+            cfg = config(
+                tmp_path_factory.mktemp("reference") / "run",
+                train={"gradient_accumulation_steps": accumulation, "max_train_steps": STEPS, "global_batch_size": 8},
+            )
+            assert run(cfg, processes=processes) == [0] * processes, log(cfg)
+            known[processes, accumulation] = state(cfg, STEPS), metrics(cfg)
+        return known[processes, accumulation]
+
+    return uninterrupted
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_killed_and_resumed_is_bit_equal(tmp_path, reference, workers, processes, accumulation):
+    train = {"gradient_accumulation_steps": accumulation, "max_train_steps": STEPS, "global_batch_size": 8}
+    cfg = config(tmp_path / "run", train=train, data={"dataloader_num_workers": workers})
+    codes = run(cfg, processes=processes, stop=(5, signal.SIGKILL))
+    assert codes == [-signal.SIGKILL] * processes
+    assert 5 <= last_step(cfg) < STEPS
+    assert run(cfg, processes=processes) == [0] * processes, log(cfg)
+    expected, lines = reference(processes, accumulation)
+    assert state(cfg, STEPS) == expected
+    assert [(line["step"], line["loss"], line["lr"]) for line in metrics(cfg)] == [
+        (line["step"], line["loss"], line["lr"]) for line in lines
+    ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_signal_saves_and_the_same_command_resumes(tmp_path, reference, number, code, processes):
+    cfg = config(tmp_path / "run", checkpoint={"checkpointing_steps": 1000})
+    assert run(cfg, processes=processes, stop=(3, number)) == [code] * processes, log(cfg)
+    stopped = last_step(cfg)
+    assert 3 <= stopped < STEPS
+    assert f"{number.name}: saved at step {stopped}" in log(cfg)
+    assert state(cfg, stopped)
+    assert run(cfg, processes=processes) == [0] * processes, log(cfg)
+    assert state(cfg, STEPS) == reference(processes)[0]
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "micro"), [(1, 2, None), (1, 4, None), (2, 1, None), (2, 2, None), (1, 4, 2)]
+)
+def test_split_of_the_batch_does_not_matter(tmp_path, reference, processes, accumulation, micro):
+    """Same samples, noise and learning rates; losses within float32 of each other (dropout is per process: off)."""
+    model = {"dropout": 0.0}
+    plain = config(tmp_path / "plain", model=model)
+    batch = {"train_batch_size": micro} if micro else {"global_batch_size": 8}
+    train = Train(max_train_steps=STEPS, gradient_accumulation_steps=accumulation, **batch)
+    split = replace(config(tmp_path / "split", model=model), train=train)
+    assert run(plain) == [0], log(plain)
+    assert run(split, processes=processes) == [0] * processes, log(split)
+    for a, b in zip(metrics(plain), metrics(split), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert (a["lr"], a["samples_seen"]) == (b["lr"], b["samples_seen"])
+
+
+def test_world_size_may_change_at_a_resume(tmp_path):
+    model = {"dropout": 0.0}
+    plain, elastic = config(tmp_path / "plain", model=model), config(tmp_path / "elastic", model=model)
+    assert run(plain) == [0], log(plain)
+    for processes, stop in [(1, 2), (2, 4), (1, 6), (2, None)]:
+        run(elastic, processes=processes, stop=stop and (stop, signal.SIGTERM))
+    assert [line["step"] for line in metrics(elastic)] == list(range(1, STEPS + 1))
+    for a, b in zip(metrics(plain), metrics(elastic), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample": {"num_images": 2, "num_inference_steps": 2, "sample_every": 2}},
+        {"tracking": {"log_every": 3, "report_to": "tensorboard"}},
+        {"checkpoint": {"checkpointing_steps": 1}},
+    ],
+    ids=["sampling", "logging", "saving"],
+)
+def test_watching_does_not_matter(tmp_path, reference, change):
+    cfg = config(tmp_path / "run", **change)
+    assert run(cfg) == [0], log(cfg)
+    assert state(cfg, STEPS) == reference()[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"optimizer": {"learning_rate": 1.01e-3, "lr_warmup_steps": 2}},
+        {"data": {"max_train_samples": 19}},
+        {"objective": {"noise_offset": 0.01}},
+        {"model": {"dropout": 0.11}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_negative_control_what_matters_is_seen(tmp_path, reference, change):
+    cfg = config(tmp_path / "run", **change)
+    assert run(cfg) == [0], log(cfg)
+    assert state(cfg, STEPS) != reference()[0]
+
+
+def test_other_settings_are_another_run(tmp_path):
+    cfg = config(tmp_path / "run", train={"max_train_steps": 2, "global_batch_size": 8})
+    assert run(cfg) == [0], log(cfg)
+    changed = config(tmp_path / "run", seed=5, model={"dropout": 0.2})
+    assert run(changed) == [1]
+    assert "belongs to another run" in log(cfg)
+    assert "seed: 0 -> 5" in log(cfg)
+    longer = config(tmp_path / "run", optimizer={"learning_rate": 5e-4, "lr_warmup_steps": 2})
+    assert run(longer) == [0], log(cfg)
+    assert last_step(longer) == STEPS
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    cfg = config(tmp_path / "run")
+
+    def twice(cfg):
+        from finetune.trainer import Trainer
+
+        first = Trainer(cfg)
+        try:
+            Trainer(cfg)
+        finally:
+            del first
+
+    assert run(cfg, body=twice) == [2]
+    assert "is in use by another run" in log(cfg)

@@ -1,0 +1,150 @@
+"""The loop: what it counts, what it writes, and what it does with a step that went wrong."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.objective import build_objective
+from finetune.trainer import Trainer
+from forked import last_step, log, metrics, run, state
+from tiny import config
+
+
+class Poisoned:
+    """The objective of a config, with a NaN loss in the steps named (counted in batches drawn), on one process."""
+
+    def __init__(self, cfg, at, rank=0):
+        self._inner, self._at, self._rank, self._batch = build_objective(cfg.objective, clip_sample=True), at, rank, -1
+        self.process, self.scheduler = self._inner.process, self._inner.scheduler
+
+    def loss(self, network, x0, random):
+        import os
+
+        self._batch += 1
+        terms = self._inner.loss(network, x0, random)
+        hit = self._batch in self._at and int(os.environ.get("RANK", 0)) == self._rank
+        return replace(terms, per_sample=terms.per_sample * math.nan) if hit else terms
+
+
+def poisoned(at, rank=0):
+    return lambda cfg: Trainer(cfg, objective=Poisoned(cfg, at, rank)).fit()
+
+
+def test_files_and_numbers_of_a_run(tmp_path):
+    cfg = config(tmp_path / "run", sample={"num_images": 2, "num_inference_steps": 2, "sample_every": 4})
+    assert run(cfg) == [0], log(cfg)
+    files = {p.relative_to(cfg.output_dir).as_posix() for p in Path(cfg.output_dir).rglob("*") if p.is_file()}
+    expected = {"config.yaml", "run.json", "metrics.jsonl", ".lock"}
+    expected |= {f"samples/step-{step:08d}.png" for step in (4, 8, 9)}
+    parts = ("model.safetensors", "optimizer.safetensors", "ema_0.9.safetensors", "ema_0.5.safetensors")
+    for step in (8, 9):
+        expected |= {f"checkpoints/step-{step:08d}/{name}" for name in (*parts, "state.json", "manifest.json")}
+    assert files == expected
+    lines = metrics(cfg)
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert [line["samples_seen"] for line in lines] == [8 * step for step in range(1, 10)]
+    names = {"epoch", "samples_seen", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "peak_memory_mb"}
+    assert names <= set(lines[0])
+    assert lines[0]["lr"] == 0 and lines[2]["lr"] == 1e-3  # two steps of warm-up
+    for line in lines:  # the quarters hold the same losses as the whole
+        assert min(q for i in range(4) if (q := line[f"loss_q{i}"]) is not None) <= line["loss"]
+    facts = json.loads((Path(cfg.output_dir) / "run.json").read_text())
+    assert facts["data_fingerprint"] and facts["versions"]["torch"] == torch.__version__
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = config(tmp_path / "run", tracking={"log_every": 3, "report_to": "tensorboard"})
+    assert run(cfg) == [0], log(cfg)
+    (file,) = (Path(cfg.output_dir) / "logs" / "finetune").glob("events*")
+    events = EventAccumulator(str(file)).Reload()
+    logged = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert logged == [(line["step"], pytest.approx(line["loss"])) for line in metrics(cfg)]
+
+
+def test_tracker_that_is_not_there_is_refused_before_training(tmp_path):
+    for name, message in [("aim", "aim is not installed"), ("tensorbord", "Accelerate knows no tracker 'tensorbord'")]:
+        cfg = config(tmp_path / name, tracking={"report_to": name})
+        assert run(cfg) == [2]
+        assert message in log(cfg)
+        assert not (tmp_path / name / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 1)])
+def test_nonfinite_step_changes_nothing_but_counters(tmp_path, processes, rank):
+    """The run goes on with the next samples; weights, averages, LR and step are those before the bad batch."""
+    cfg = config(tmp_path / "run", train={"max_train_steps": 6, "global_batch_size": 8})
+    assert run(cfg, processes=processes, body=poisoned({3, 4}, rank)) == [0] * processes, log(cfg)
+    lines = metrics(cfg)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["samples_seen"] for line in lines] == [8, 16, 24, 48, 56, 64]
+    assert lines[-1]["nonfinite_steps"] == 2
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert "step 3 skipped on all processes: non-finite loss" in log(cfg)
+    clean = config(tmp_path / "clean", train={"max_train_steps": 6, "global_batch_size": 8})
+    assert run(clean, processes=processes) == [0] * processes
+    assert [line["loss"] for line in lines[:3]] == [line["loss"] for line in metrics(clean)[:3]]
+    assert [line["lr"] for line in lines] == [line["lr"] for line in metrics(clean)]
+    assert state(cfg, 6) != state(clean, 6)
+
+
+def test_too_many_nonfinite_steps_end_the_run_and_keep_the_last_good_checkpoint(tmp_path):
+    train = {"max_train_steps": 6, "global_batch_size": 8, "max_nonfinite_steps": 3}
+    cfg = config(tmp_path / "run", train=train)
+    assert run(cfg, body=poisoned(set(range(4, 99)))) == [3]
+    assert "3 times in a row at step 4" in log(cfg)
+    assert last_step(cfg) == 4
+    import safetensors.torch
+
+    saved = safetensors.torch.load(state(cfg, 4)["model.safetensors"])
+    assert all(t.isfinite().all() for t in saved.values())
+    assert run(cfg) == [0], log(cfg)  # the cause removed, the same command goes on
+
+
+def test_bfloat16_trains_float32_weights(tmp_path):
+    cfg = config(tmp_path / "run", train={"max_train_steps": 4, "global_batch_size": 8, "mixed_precision": "bf16"})
+    plain = config(tmp_path / "plain", train={"max_train_steps": 4, "global_batch_size": 8})
+    assert run(cfg) == [0] and run(plain) == [0], log(cfg)
+    import safetensors.torch
+
+    for name, content in state(cfg, 4).items():
+        assert {t.dtype for t in safetensors.torch.load(content).values()} == {torch.float32}, name
+    losses, reference = [line["loss"] for line in metrics(cfg)], [line["loss"] for line in metrics(plain)]
+    assert losses == pytest.approx(reference, rel=0.02)
+    assert losses != reference
+
+
+@pytest.mark.parametrize("setting", ["gradient_checkpointing", "channels_last"])
+def test_levers_leave_the_losses_alone(tmp_path, setting):
+    train = {"max_train_steps": 4, "global_batch_size": 8}
+    plain = config(tmp_path / "plain", train=train, model={"dropout": 0.0})
+    with_it = config(tmp_path / "with", train={**train, setting: True}, model={"dropout": 0.0})
+    assert run(plain) == [0] and run(with_it) == [0], log(with_it)
+    assert [line["loss"] for line in metrics(with_it)] == pytest.approx([x["loss"] for x in metrics(plain)], rel=1e-4)
+
+
+def test_gradient_clipping_bounds_the_update(tmp_path):
+    train = {"max_train_steps": 3, "global_batch_size": 8, "max_grad_norm": 1e-6}
+    optimizer = {"learning_rate": 1e-3, "lr_scheduler": "constant", "lr_warmup_steps": 0, "adam_epsilon": 1.0}
+    cfg = config(tmp_path / "run", train=train, optimizer=optimizer)
+    free = config(tmp_path / "free", train={**train, "max_grad_norm": 0}, optimizer=optimizer)
+
+    def moved(cfg):
+        trainer = Trainer(cfg)
+        before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+        trainer.fit()
+        change = max((p - before[name]).abs().max() for name, p in trainer.parameters.items())
+        print(f"moved {float(change):.3e}")
+
+    assert run(cfg, body=moved) == [0] and run(free, body=moved) == [0], log(cfg)
+
+    def largest(cfg):
+        return float(log(cfg).rsplit("moved ", 1)[1].split()[0])
+
+    assert largest(cfg) < 1e-7 < largest(free)
+    assert all(line["grad_norm"] > 1e-3 for line in metrics(cfg))  # logged before clipping
