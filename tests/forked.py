@@ -4,7 +4,7 @@
     codes = run(cfg, processes=2)                       two, over gloo
     codes = run(cfg, stop=(5, signal.SIGKILL))          the signal is sent as soon as step 5 stands in metrics.jsonl
 
-No Accelerator may exist in the parent, or the children would inherit its state.
+The children forget an Accelerator that the parent may have made: its state says there is one process.
 """
 
 import json
@@ -15,6 +15,8 @@ import sys
 import time
 import traceback
 from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState
 
 from finetune import cli
 from finetune.config import TrainConfig
@@ -88,6 +90,8 @@ def _fork(cfg: TrainConfig, rank: int, processes: int, port: int, body) -> int:
         os.dup2(stream, 1), os.dup2(stream, 2)
         sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
         logging.getLogger().handlers.clear()  # those of pytest
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
         os.environ |= {"ACCELERATE_USE_CPU": "true"}
         if processes > 1:
             os.environ |= {

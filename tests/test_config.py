@@ -387,9 +387,13 @@ def test_help_names_every_setting_with_its_text():
     for setting in ALL_SETTINGS:
         assert f"--{setting.path}  ({setting.expects}; " in text and setting.help, setting.path
         assert setting.help in flat, setting.path
-    for path, section in SECTIONS.items():
-        with_settings = {kind for setting in ALL_SETTINGS for at, kind in setting.kinds if at == path}
-        assert all(f"{path}.kind {kind}: {section.kinds[kind]}" in flat for kind in with_settings)
+    for path, sections in SECTIONS.items():
+        for section in sections:
+            under = "".join(f" of {at}.kind {kind}" for at, kind in section.within)
+            depth = len(section.within)
+            inside = [s.within[depth:] for s in ALL_SETTINGS if s.within[:depth] == section.within]
+            with_settings = {within[0][1] for within in inside if within and within[0][0] == path}
+            assert all(f"{path}.kind {kind}{under}: {section.kinds[kind]}" in flat for kind in with_settings)
     assert max(map(len, text.splitlines())) <= 140
 
 

@@ -121,7 +121,8 @@ OPTION_MISTAKES = {
     "--zzz": "--zzz: no such option",
     "--revison x": "--revison: no such option; did you mean --revision?",
     "--kind latent": (
-        "--kind: several settings have this name: --space.kind, --conditioning.kind, --model.kind, --objective.kind"
+        "--kind: several settings have this name: --space.kind, --conditioning.kind, --model.kind, --objective.kind, "
+        "--objective.loss.kind, --objective.levels.kind, --objective.weighting.kind, --objective.variance.kind"
     ),
     "--learning_rate abc": "--learning_rate: expected a number, got 'abc'",
     "--learning_rate -1": "--learning_rate: must be greater than 0, got -1 (Peak learning rate)",

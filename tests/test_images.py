@@ -186,6 +186,29 @@ def test_box_reduces_by_the_mean():
     ).abs().max() <= 1.01 / 127.5  # Pillow rounds twice, across and down
 
 
+@pytest.mark.parametrize(("number", "name"), [(0, "a_0.png"), (1, "b_1.png"), (2, "a_2.png")])
+def test_preparation_iddpm_is_that_of_improved_diffusion_bit_by_bit(golden, number, name):
+    arrays = golden("iddpm_data")
+    image, expected = Image.fromarray(arrays[f"in_{number}"]), torch.from_numpy(arrays[f"out_{name}"])
+    image = opened(encoded(image))
+    for row in range(3):
+        assert torch.equal(pixels(image, preparation="iddpm", row=row), expected)
+    assert not torch.equal(pixels(image, center_crop=True, image_interpolation_mode="bicubic"), expected)
+    mirrored = [pixels(image, preparation="iddpm", random_flip=True, row=row) for row in range(8)]
+    assert {torch.equal(x, expected) for x in mirrored} == {torch.equal(x, expected.flip(-1)) for x in mirrored}
+    assert any(torch.equal(x, expected.flip(-1)) for x in mirrored)
+
+
+def test_preparation_iddpm_has_its_own_filters_and_takes_every_mode():
+    with pytest.raises(ValueError, match="image_interpolation_mode is lanczos, but data.preparation iddpm has its own"):
+        rules(preparation="iddpm", image_interpolation_mode="lanczos")
+    for width, height in ((64, 48), (9, 11), (SIDE, 40), (31, 32)):
+        flat = pixels(Image.new("L", (width, height), 51), preparation="iddpm")
+        assert torch.allclose(flat, torch.full((3, SIDE, SIDE), -0.6))
+    deep = Image.fromarray(np.random.RandomState(0).rand(40, 40).astype(np.float32))
+    assert pixels(deep, preparation="iddpm").abs().max() <= 1
+
+
 def test_crop_and_flip_belong_to_seed_epoch_and_row():
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (SIDE, 1)))  # the left pixel tells where the crop is
     one = pixels(ramp, epoch=3, row=5)

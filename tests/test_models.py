@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
 
 from finetune.conditioning import build_conditioner
 from finetune.config_choices import Pretrained, UNet2D
@@ -50,6 +51,16 @@ def test_weights_are_a_function_of_the_seed_alone(parts):  # noqa: F811
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
 
 
+def test_a_learned_variance_takes_as_many_channels_again(parts, tmp_path):  # noqa: F811
+    learned = {"kind": "ddpm", "variance": {"kind": "learned_range"}}
+    unet = saved(parts, tmp_path, objective=learned)
+    assert (unet.config.in_channels, unet.config.out_channels) == (3, 6)
+    loaded, *_ = pretrained(parts, tmp_path, objective=learned)
+    assert loaded.config.out_channels == 6
+    with pytest.raises(ConfigError, match="out_channels 6, .* needs 3: .* objective.variance"):
+        pretrained(parts, tmp_path)
+
+
 def test_class_embedding(parts):  # noqa: F811
     unet, *_ = build(config(parts, condition="class_label"))
     assert unet.config.num_class_embeds == 4 and unet.class_embedding.weight.shape[0] == 4
@@ -60,6 +71,43 @@ def test_class_embedding(parts):  # noqa: F811
 def test_scale_shift_keeps_the_norm_of_the_middle_attention(parts):  # noqa: F811
     unet, *_ = build(config(parts, model={"resnet_time_scale_shift": "scale_shift"}))
     assert unet.mid_block.attentions[0].group_norm is not None
+
+
+def test_zero_init_starts_as_nothing(parts):  # noqa: F811
+    noise = PositionRandom(0, torch.arange(2)).normal("x", (3, 16, 16))
+    for zero, condition in ((True, "none"), (True, "class_label"), (False, "none")):
+        unet, *_ = build(config(parts, condition=condition, model={"zero_init": zero, "add_attention": True}))
+        labels = {"class_labels": torch.tensor([0, 1])} if condition == "class_label" else {}
+        output = bind(unet, labels)(noise, torch.tensor([3, 900]))
+        assert output.any() != zero
+        output.sum().backward()
+        assert unet.conv_out.weight.grad.any(), "it must be able to leave zero"
+        inner = [p for name, p in unet.named_parameters() if "conv2" in name or "to_out" in name]
+        assert len(inner) == 2 * (8 + 4) and any(p.any() for p in inner) != zero
+
+
+def test_number_of_heads_over_one_width_and_over_two(parts):  # noqa: F811
+    """One width is stock diffusers' attention_head_dim; over two, the same weights with other heads differ."""
+    heads = {"num_heads": 2, "attention_head_dim": None}
+    unet, *_ = build(config(parts, model=heads))
+    assert unet.config.attention_head_dim == 8 and "num_attention_heads" not in unet.config  # 16 channels attend
+    two = {"down_block_types": ["AttnDownBlock2D"] * 2, "up_block_types": ["AttnUpBlock2D"] * 2}
+    unet, *_ = build(config(parts, model={**two, **heads}))
+    attention = [m for m in unet.modules() if isinstance(m, Attention)]
+    assert {(m.heads, m.inner_dim, round(m.scale**-2)) for m in attention} == {(2, 8, 4), (2, 16, 8)}
+    one, *_ = build(config(parts, model={**two, "attention_head_dim": None}))
+    x = (PositionRandom(0, torch.arange(2)).normal("x", (3, 16, 16)), torch.tensor([3, 900]))
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), one.parameters(), strict=True))
+    assert (bind(unet, {})(*x) - bind(one, {})(*x)).abs().max() > 1e-6
+
+
+def test_number_of_heads_survives_saving(parts, tmp_path):  # noqa: F811
+    heads = {"num_heads": 2, "attention_head_dim": None}
+    two = {"down_block_types": ["AttnDownBlock2D"] * 2, "up_block_types": ["AttnUpBlock2D"] * 2}
+    unet = saved(parts, tmp_path, "pixel", "none", "unet2d", model={**two, **heads})
+    loaded, *_ = pretrained(parts, tmp_path)
+    x = (PositionRandom(0, torch.arange(2)).normal("x", (3, 16, 16)), torch.tensor([3, 900]))
+    assert torch.equal(bind(loaded.eval(), {})(*x), bind(unet, {})(*x))
 
 
 def test_default_model_has_the_parameters_of_train_unconditional(parts):  # noqa: F811
@@ -83,6 +131,8 @@ def test_default_model_has_the_parameters_of_train_unconditional(parts):  # noqa
     [
         ({**UNET2D, "down_block_types": ["DownBlock2D"]}, "none", 16, "down_block_types must name one block per level"),
         ({**UNET2D, "norm_num_groups": 6}, "none", 16, "norm_num_groups must divide .* 6 and 8"),
+        ({**UNET2D, "num_heads": 2}, "none", 16, "num_heads .2. and model.attention_head_dim .8. both set"),
+        ({**UNET2D, "num_heads": 3, "attention_head_dim": None}, "none", 16, "3 attention heads do not divide the 16"),
         ({**UNET2D, "attention_head_dim": 5}, "none", 16, "attention_head_dim must divide .* 5 and 16"),
         ({**UNET2D, "down_block_types": ["DownBlock2D", "NoBlock"]}, "none", 16, "diffusers cannot build .*NoBlock"),
         (UNET2D, "none", 15, "multiple of 2 .*got 15 .*: use 14 or 16"),
@@ -98,9 +148,9 @@ def test_models_that_cannot_work_are_refused(parts, model, condition, resolution
         build(cfg)
 
 
-def saved(parts, tmp_path, *combination):  # noqa: F811
+def saved(parts, tmp_path, *combination, **sections):  # noqa: F811
     """A UNet of this combination saved as a pipeline saves it."""
-    unet, *_ = build(config(parts, *combination))
+    unet, *_ = build(config(parts, *combination, **sections))
     unet.save_pretrained(tmp_path / "unet")
     return unet
 

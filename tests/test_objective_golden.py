@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
-from finetune.config_choices import DDPM
+from finetune import config_objective as config
 from finetune.objective import Objective, build_objective
 from finetune.objective.process import snr
 
@@ -21,8 +22,9 @@ IDDPM = {  # improved-diffusion scales the linear betas by 1000 / T, diffusers d
 }
 
 
-def make(**settings) -> Objective:
-    return build_objective(DDPM(**settings), clip_sample=True)
+def make(kind: str = "ddpm", *, global_batch: int = 1, **settings) -> Objective:
+    cfg = TypeAdapter(config.Objective).validate_python({"kind": kind, **settings})
+    return build_objective(cfg, clip_sample=True, global_batch=global_batch)
 
 
 def make_iddpm(name: str, **settings) -> Objective:

@@ -76,7 +76,8 @@ def exact_denoiser(**schedule):
 
 
 def exact_pipeline(parts, name, steps, **schedule):  # noqa: F811
-    cfg = config(parts, sample={"scheduler": name, "num_inference_steps": steps}, objective={"clip_sample": False})
+    objective = {"kind": "ddpm", "clip_sample": False}
+    cfg = config(parts, sample={"scheduler": name, "num_inference_steps": steps}, objective=objective)
     unet = exact_denoiser(**schedule)
     training = scheduler(**unet.training_schedule)
     pipeline = build_pipeline(unet, PixelSpace(channels=3, size=16), Unconditional(), training, cfg)
@@ -196,7 +197,7 @@ def test_what_stable_diffusion_pipeline_cannot_sample_is_ours(parts):  # noqa: F
 def test_the_sampler_carries_the_noise_of_the_training(parts, name, space_kind):  # noqa: F811
     training = {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.015, "num_train_timesteps": 500}
     training |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    objective = {"num_train_timesteps": 500}
+    objective = {"kind": "ddpm", "num_train_timesteps": 500}
     cfg = config(parts, space_kind, objective=objective, sample={"scheduler": name, "num_inference_steps": 10})
     sampler = pipeline_of(cfg, **training).scheduler
     assert type(sampler) is SCHEDULERS[name][0]
@@ -238,10 +239,23 @@ def test_steps_that_diffusers_would_not_take_are_refused(parts):  # noqa: F811
         check_steps(scheduler(timestep_spacing="leading", steps_offset=1), 1000)
 
 
+VP = {"kind": "ddpm"}
+CLIP = VP | {"clip_sample": True}
+RANGE, LARGE = (VP | {"variance": {"kind": kind}} for kind in ("learned_range", "fixed_large"))
+
+
 @pytest.mark.parametrize(
     ("combination", "sections", "message"),
     [
-        (("pixel", "none"), {"sample": {"scheduler": "euler"}, "objective": {"clip_sample": True}}, "does not clip"),
+        (("pixel", "none"), {"sample": {"scheduler": "euler"}, "objective": CLIP}, "does not clip"),
+        (("pixel", "none"), {"objective": {"kind": "edm"}}, "objective.kind edm cannot be sampled yet"),
+        (("pixel", "none"), {"objective": {"kind": "flow"}}, "objective.kind flow cannot be sampled yet"),
+        (("pixel", "none"), {"objective": VP | {"respacing": "250"}}, "respacing"),
+        (("pixel", "none"), {"objective": VP | {"num_train_timesteps": 500, "rescale_timesteps": True}}, "give it t"),
+        (("pixel", "none"), {"objective": RANGE, "sample": {"scheduler": "ddim"}}, "needs sample.scheduler ddpm"),
+        (("pixel", "none"), {"objective": RANGE, "sample": {"num_inference_steps": 10}}, "needs all 1000 steps"),
+        (("pixel", "none"), {"objective": LARGE, "sample": {"num_inference_steps": 10}}, "needs all 1000 steps"),
+        (("pixel", "class_label"), {"objective": RANGE, "sample": {"guidance_scale": 2.0}}, "cannot be guided"),
         (("pixel", "none"), {"sample": {"scheduler": "ddim", "num_inference_steps": 30}}, "ddim needs"),
         (("pixel", "class_label"), {"sample": {"class_labels": [3]}}, "class labels are 0..2, got 3"),
         (("latent", "text", "unet2d_condition"), {"sample": {"guidance_scale": 0}}, "ignores a guidance_scale below 1"),

@@ -109,7 +109,7 @@ def test_watching_does_not_matter(tmp_path, reference, change):
         {"seed": 1},
         {"optimizer": {"learning_rate": 1.01e-3, "lr_warmup_steps": 2}},
         {"data": {"max_train_samples": 19}},
-        {"objective": {"noise_offset": 0.01}},
+        {"objective": {"kind": "ddpm", "noise_offset": 0.01}},
         {"model": {"dropout": 0.11}},
     ],
     ids=lambda change: next(iter(change)),

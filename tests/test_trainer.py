@@ -19,7 +19,9 @@ class Poisoned:
 
     def __init__(self, cfg, at, rank=0):
         self._inner, self._at, self._rank, self._batch = build_objective(cfg.objective, clip_sample=True), at, rank, -1
-        self.process, self.scheduler = self._inner.process, self._inner.scheduler
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
 
     def loss(self, network, x0, random):
         import os

@@ -209,9 +209,11 @@ def _source(cfg: TrainConfig) -> str:
 
 def _training_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
     objective, optimizer, environment = cfg.objective, cfg.optimizer, run.get("environment", {})
+    levels = f"levels {objective.levels.kind}"
+    if objective.kind == "ddpm":
+        levels = f"{objective.beta_schedule} schedule, {objective.num_train_timesteps} levels"
     rows = {
-        "objective": f"{objective.kind}, {objective.prediction_type}, {objective.beta_schedule} schedule, "
-        f"{objective.num_train_timesteps} levels",
+        "objective": f"{objective.kind}, {objective.prediction_type}, {levels}",
         "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g}, betas {optimizer.adam_beta1:g} and "
         f"{optimizer.adam_beta2:g}, weight decay {optimizer.adam_weight_decay:g}",
         "schedule": f"{optimizer.lr_scheduler}, {optimizer.lr_warmup_steps} steps of warm-up",

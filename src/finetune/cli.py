@@ -16,6 +16,7 @@ USAGE = """usage: finetune COMMAND [options]
   train     train the UNet of a recipe      finetune train --config configs/train/digits.yaml
   sample    draw images                     finetune sample runs/digits --prompt "a handwritten seven" --out pictures
   push      publish a finished run          finetune push runs/digits
+  import    convert another checkpoint      finetune import iddpm model500000.pt --out models/cifar10
   config    show settings or their schema   finetune config --config configs/train/digits.yaml --resolved
 
 `finetune COMMAND --help` lists the options. Over several processes: accelerate launch train_unet.py --config FILE
@@ -25,7 +26,7 @@ USAGE = """usage: finetune COMMAND [options]
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (see finetune.errors)."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {"train": train, "sample": _sample, "push": _push, "config": _config}
+    commands = {"train": train, "sample": _sample, "push": _push, "import": _import, "config": _config}
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -70,6 +71,12 @@ def _sample(argv: list[str]) -> None:
     from finetune.sample import sample_main
 
     sample_main(argv)
+
+
+def _import(argv: list[str]) -> None:
+    from finetune.importers import import_main
+
+    import_main(argv)
 
 
 def _config(argv: list[str]) -> int:

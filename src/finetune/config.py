@@ -1,8 +1,8 @@
 """Every setting of a run, as nested frozen sections. Imports no torch; the text under a field is its only help text.
 
-Names are those of diffusers and Accelerate. Choices are unions told apart by `kind` (config_choices.py). A default
-names its source; "train_unconditional" is the diffusers script of that name, whose defaults hold when only data and
-resolution are given.
+Names are those of diffusers and Accelerate. Choices are unions told apart by `kind` (config_choices.py,
+config_objective.py). A default names its source; "train_unconditional" is the diffusers script of that name, whose
+defaults hold when only data and resolution are given.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.config_choices import DDPM, Conditioning, Model, Objective, PixelSpace, Space, Unconditional, UNet2D
+from finetune.config_choices import Conditioning, Model, PixelSpace, Space, Unconditional, UNet2D
+from finetune.config_objective import DDPM, Objective
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Words, section
 
 
@@ -48,6 +49,9 @@ class Data:
     """Mirror each image left to right with probability one half."""
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] = "bilinear"
     """Filter of the resize, antialiased (bilinear as in train_unconditional)."""
+    preparation: Literal["standard", "iddpm"] = "standard"
+    """standard: resize the short side once, then crop; iddpm: as improved-diffusion, halve by box filter while the
+    short side is at least twice the resolution, resize bicubic, crop the centre."""
     background: str = "white"
     """Colour that transparent images are composited on: a name or #rrggbb."""
     on_error: Literal["error", "skip"] = "error"
@@ -66,6 +70,11 @@ class Data:
             raise ValueError(
                 f"data.dataset_name ({self.dataset_name}) and data.train_data_dir ({self.train_data_dir}) both name "
                 "the data: give one of them"
+            )
+        if self.preparation == "iddpm" and self.image_interpolation_mode != "bilinear":
+            raise ValueError(
+                f"data.image_interpolation_mode is {self.image_interpolation_mode}, but data.preparation iddpm has its "
+                "own filters (box, then bicubic): remove one of them"
             )
 
 
@@ -274,8 +283,14 @@ class TrainConfig:
                     f"guidance {self.sample.guidance_scale} needs the unconditional case, which conditioning."
                     "condition_dropout 0 never trains: use a dropout such as 0.1, or guidance_scale 1"
                 )
-        if self.sample.num_inference_steps > self.objective.num_train_timesteps:
+        objective = self.objective
+        if objective.kind == "ddpm" and self.space.kind == "latent" and objective.variance.vb_loss != "none":
+            yield "objective.variance.vb_loss", (
+                "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
+                "variance.kind fixed_small or fixed_large with vb_loss none"
+            )
+        if objective.kind == "ddpm" and self.sample.num_inference_steps > objective.num_train_timesteps:
             yield "sample.num_inference_steps", (
                 f"{self.sample.num_inference_steps} steps are more than objective.num_train_timesteps "
-                f"{self.objective.num_train_timesteps}"
+                f"{objective.num_train_timesteps}"
             )

@@ -1,4 +1,4 @@
-"""The choices of a run, told apart by `kind`: space, conditioning, model and objective. Imports no torch."""
+"""The choices of a run, told apart by `kind`: space, conditioning and model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.config_types import Count, Fraction, Int, Positive, PositiveOrZero, Words, section
+from finetune.config_types import Count, Fraction, Words, section
 
 
 @section
@@ -107,6 +107,11 @@ class UNet2D:
     """Attention in the middle block."""
     dropout: Fraction = 0.0
     """Dropout in the residual layers."""
+    num_heads: Count | None = None
+    """Number of attention heads at every level (improved-diffusion's 4); needs attention_head_dim null."""
+    zero_init: bool = False
+    """Start the last convolution, the second of each residual layer and the attention projections at zero, as
+    improved-diffusion."""
 
 
 @section
@@ -153,44 +158,3 @@ class Pretrained:
 
 
 Model = Annotated[UNet2D | UNet2DCondition | Pretrained, Field(discriminator="kind")]
-
-
-@section
-class DDPM:
-    """Denoising diffusion with a variance-preserving schedule (Ho et al. 2020)."""
-
-    kind: Literal["ddpm"] = "ddpm"
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    """What the network predicts: the noise, the clean sample, or the velocity (Salimans & Ho 2022)."""
-    num_train_timesteps: Annotated[Int, Field(ge=2)] = 1000
-    """Number of noise levels T."""
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    """Schedule: linear (Ho et al.), scaled_linear (Stable Diffusion), squaredcos_cap_v2 (Nichol & Dhariwal 2021)."""
-    beta_start: Positive = 1e-4
-    """First beta of the linear schedules."""
-    beta_end: Positive = 0.02
-    """Last beta of the linear schedules."""
-    rescale_betas_zero_snr: bool = False
-    """Rescale to zero terminal SNR and sample with trailing timesteps (Lin et al. 2023); not with epsilon."""
-    snr_gamma: Positive | None = None
-    """Gamma of min-SNR weighting (Hang et al. 2023 use 5); unset: no weighting."""
-    noise_offset: PositiveOrZero = 0.0
-    """Strength of offset noise, one value per image and channel added to the noise; the target includes it."""
-    clip_sample: bool | None = None
-    """Clip the predicted clean sample to [-1, 1] in sampling; unset: in pixel space only."""
-
-    def __post_init__(self) -> None:
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ValueError(
-                "rescale_betas_zero_snr makes the last level pure noise, where epsilon says nothing of the image: "
-                "use prediction_type v_prediction"
-            )
-        if self.beta_schedule == "squaredcos_cap_v2" and (self.beta_start, self.beta_end) != (1e-4, 0.02):
-            raise ValueError("beta_start and beta_end belong to the linear schedules; squaredcos_cap_v2 has neither")
-        if self.beta_start > self.beta_end:
-            raise ValueError(f"beta_start must not exceed beta_end, got {self.beta_start} > {self.beta_end}")
-        if self.beta_end >= 1:
-            raise ValueError(f"beta_end must be below 1, got {self.beta_end}")
-
-
-Objective = DDPM  # becomes a union by `kind` with the next objective

@@ -27,6 +27,7 @@ RENAMED = {
 SELECTS = {
     "pretrained_model_name_or_path": ("model.kind", "pretrained"),
     "pretrained_vae_model_name_or_path": ("space.kind", "latent"),
+    "snr_gamma": ("objective.weighting.kind", "min_snr"),
 }
 """Flags that exist in one kind only and stand for the choice of it."""
 
@@ -35,7 +36,7 @@ _DREAMBOOTH = "DreamBooth is not offered: give each image its caption (data.capt
 _TEXT_ENCODER = "the text encoders stay frozen: only the UNet is trained"
 _VAE = "the VAE stays frozen: only the UNet is trained"
 _PRODIGY = "the optimizer is AdamW; Prodigy is not offered"
-_BIAS = "not offered: every timestep is drawn with the same probability; objective.snr_gamma weights the loss by level"
+_BIAS = "not offered: objective.levels chooses which timesteps are drawn, objective.weighting how much each counts"
 _FLUX = "for Flux transformers; this toolkit trains UNets"
 _DREAM = "DREAM training is not offered"
 _EPOCHS = "counted in optimizer steps here: use sample.sample_every"
@@ -72,7 +73,6 @@ REFUSED = {
     "max_sequence_length": _FLUX,
     "decoder_only": _VAE,
     # objective and loss
-    "input_perturbation": "not offered; objective.noise_offset is the change of the noise that there is",
     "dream_training": _DREAM,
     "dream_detail_preservation": _DREAM,
     "timestep_bias_strategy": _BIAS,
@@ -80,16 +80,13 @@ REFUSED = {
     "timestep_bias_begin": _BIAS,
     "timestep_bias_end": _BIAS,
     "timestep_bias_portion": _BIAS,
-    "do_edm_style_training": "use the objective section: objective.kind and its settings choose the parametrisation",
+    "do_edm_style_training": "use objective.kind edm",
     "with_prior_preservation": _DREAMBOOTH,
     "prior_loss_weight": _DREAMBOOTH,
     "num_class_images": _DREAMBOOTH,
     "sample_batch_size": _DREAMBOOTH,
     "prior_generation_precision": _DREAMBOOTH,
-    "weighting_scheme": _FLUX,
-    "logit_mean": _FLUX,
-    "logit_std": _FLUX,
-    "mode_scale": _FLUX,
+    "weighting_scheme": "use objective.kind flow with objective.levels.kind and objective.weighting.kind",
     "rec_loss": _VAE,
     "kl_scale": _VAE,
     "perceptual_scale": _VAE,

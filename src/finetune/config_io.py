@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from finetune.config import TrainConfig
 from finetune.config_launch import ACCUMULATION, PRECISION, batch_plan, launch_settings
 from finetune.config_options import UNSET, Draft, Option, Origin, read_options, split
-from finetune.config_tree import ALL_SETTINGS, SECTIONS, SETTINGS, Setting, closest, help_text
+from finetune.config_tree import ALL_SETTINGS, SECTIONS, SETTINGS, Setting, active, closest, help_text
 from finetune.config_words import merged, show, word
 from finetune.config_yaml import MAX_BYTES, read_mapping, write_mapping
 from finetune.errors import ConfigError, FinetuneError
@@ -154,11 +154,14 @@ def _recipe(options: Sequence[Option]) -> tuple[str | None, dict]:
 
 def _override(draft: Draft, over: Draft) -> None:
     """Put options over the recipe; a section whose kind they change loses what the recipe gave for the old kind."""
-    for path, section in SECTIONS.items():
-        chosen = over.given.get(f"{path}.kind")
-        before = draft.given.get(f"{path}.kind")
-        if chosen and chosen.value != (before.value if before else section.default_kind):
-            draft.given = {name: given for name, given in draft.given.items() if not name.startswith(f"{path}.")}
+    kinds: dict[str, object] = {}
+    for path, variants in SECTIONS.items():
+        if section := active(variants, kinds):
+            before, chosen = draft.given.get(f"{path}.kind"), over.given.get(f"{path}.kind")
+            kinds[path] = before.value if before else section.default_kind
+            if chosen and chosen.value != kinds[path]:
+                kinds[path] = chosen.value
+                draft.given = {name: given for name, given in draft.given.items() if not name.startswith(f"{path}.")}
     draft.given |= over.given
 
 
@@ -180,8 +183,8 @@ def _validate(draft: Draft, otherwise: str) -> TrainConfig:
     `otherwise` says of a required setting where it is not set.
     """
     kinds = _choose_kinds(draft)
-    active = {path: _active(path, kinds) for path in SETTINGS}
-    _refuse_other_kinds(draft, active, kinds)
+    chosen = {path: active(variants, kinds) for path, variants in SETTINGS.items()}
+    _refuse_other_kinds(draft, chosen, kinds)
     values = {path: given.value for path, given in draft.given.items()}
     for _ in range(len(SECTIONS) + 3):  # the values, the rules of each section, the rules between sections
         try:
@@ -189,7 +192,7 @@ def _validate(draft: Draft, otherwise: str) -> TrainConfig:
             break
         except ValidationError as error:
             for path, item, one in merged(error.errors(include_url=False)):
-                setting = active.get(path)
+                setting = chosen.get(path)
                 if one["type"] == "missing":
                     _refuse_missing(draft, setting, otherwise)
                     values[path] = _stand_in(setting)
@@ -207,8 +210,9 @@ def _validate(draft: Draft, otherwise: str) -> TrainConfig:
 def _choose_kinds(draft: Draft) -> dict[str, str | None]:
     """The kind of each section that has kinds: as given, else its default; None, with the problem noted, if wrong."""
     kinds: dict[str, str | None] = {}
-    for path, section in SECTIONS.items():
-        if not section.kinds or any(kinds.get(at) != kind for at, kind in section.within):
+    for path, variants in SECTIONS.items():
+        section = active(variants, kinds)
+        if section is None or not section.kinds:
             continue
         given = draft.given.pop(f"{path}.kind", None)
         choices = ", ".join(section.kinds)
@@ -225,19 +229,19 @@ def _choose_kinds(draft: Draft) -> dict[str, str | None]:
     return kinds
 
 
-def _active(path: str, kinds: Mapping[str, str | None]) -> Setting | None:
-    """The setting that a path stands for under the chosen kinds, if there is one."""
-    return next((one for one in SETTINGS[path] if all(kinds.get(at) == kind for at, kind in one.kinds)), None)
-
-
-def _refuse_other_kinds(draft: Draft, active: Mapping[str, Setting | None], kinds: Mapping[str, str | None]) -> None:
+def _refuse_other_kinds(draft: Draft, chosen: Mapping[str, Setting | None], kinds: Mapping[str, str | None]) -> None:
     """Take out settings that the chosen kinds do not have; of a section whose kind is wrong, without a word."""
     for path, given in list(draft.given.items()):
-        if active[path]:
+        if chosen[path]:
             continue
         del draft.given[path]
-        section = SETTINGS[path][0].kinds[-1][0]
-        owners = " or ".join(dict(setting.kinds)[section] for setting in SETTINGS[path])
+        variants = SETTINGS[path]
+        for section, _ in variants[0].within:  # the outermost section whose kind has no such setting
+            fitting = [setting for setting in variants if dict(setting.within)[section] == kinds.get(section)]
+            if not fitting:
+                break
+            variants = fitting
+        owners = " or ".join(dict.fromkeys(dict(setting.within)[section] for setting in variants))
         if kinds.get(section) is not None:
             draft.refuse(
                 path, f"{section}.kind is {kinds[section]}, which does not have it: {section}.kind {owners} does",
@@ -248,7 +252,7 @@ def _refuse_other_kinds(draft: Draft, active: Mapping[str, Setting | None], kind
 def _nest(values: Mapping[str, object], kinds: Mapping[str, str | None]) -> dict:
     """Values by path as the nested mapping that pydantic takes; a section without a kind gets the chosen one."""
     root: dict = {}
-    starts = [f"{path}." for path, one in SECTIONS.items() if one.required and not one.within]
+    starts = [f"{path}." for path, (one, *_) in SECTIONS.items() if one.required and not one.within]
     for path, value in [*((start, None) for start in starts), *values.items()]:
         *sections, leaf = path.split(".")
         at, inner = "", root
@@ -263,7 +267,7 @@ def _nest(values: Mapping[str, object], kinds: Mapping[str, str | None]) -> dict
 def _refuse_missing(draft: Draft, setting: Setting, otherwise: str) -> None:
     names = setting.path.split(".")
     if draft.suspect.isdisjoint(".".join(names[: n + 1]) for n in range(len(names))):
-        by = " by " + ", ".join(f"{at}.kind {kind}" for at, kind in setting.kinds) if setting.kinds else ""
+        by = " by " + ", ".join(f"{at}.kind {kind}" for at, kind in setting.within) if setting.within else ""
         draft.refuse(setting.path, f"required{by}, but {otherwise}")
 
 

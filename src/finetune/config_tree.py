@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import NoneType, UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic_core import PydanticUndefined
@@ -21,13 +21,13 @@ _ITEMS = {"str": "texts", "int": "whole numbers", "float": "numbers"}
 
 @dataclass(frozen=True)
 class Setting:
-    """One value that can be set. `kinds` are the (section, kind) pairs under which it exists, outermost first."""
+    """One value that can be set. `within` are the (section, kind) pairs under which it exists, outermost first."""
 
     path: str
     help: str
     annotation: object
     default: object
-    kinds: tuple[tuple[str, str], ...] = ()
+    within: tuple[tuple[str, str], ...] = ()
     owner: str = ""
     """Name of the class whose field it is."""
 
@@ -100,14 +100,17 @@ def _name(annotation: object) -> str:
 
 
 def _walk(cls: type, prefix: str, kinds: tuple[tuple[str, str], ...]) -> Iterator[Setting | Section]:
+    """The settings of a section, then its sections and theirs."""
+    nested = []
     for name, field in cls.__pydantic_fields__.items():
         path = prefix + name
         members = [part for part, literal in _parts(field.annotation) if not literal and part is not NoneType]
         default = field.get_default(call_default_factory=True)
-        if not members or not all(is_pydantic_dataclass(member) for member in members):
-            if name != "kind" or not prefix:  # a section's kind is yielded with the section, once for all kinds
-                yield Setting(path, _help(cls, name), field.annotation, default, kinds, cls.__name__)
-            continue
+        if members and all(is_pydantic_dataclass(member) for member in members):
+            nested.append((path, field, members, default))
+        elif name != "kind" or not prefix:  # a section's kind is yielded with the section, once for all kinds
+            yield Setting(path, _help(cls, name), field.annotation, default, kinds, cls.__name__)
+    for path, field, members, default in nested:
         by_kind = {_kind_of(member): member for member in members if _kind_of(member)}
         default_kind = None if not by_kind or default in (PydanticUndefined, None) else default.kind
         several = len(members) > 1
@@ -138,14 +141,15 @@ def _doc(cls: type) -> str:
     return " ".join((cls.__doc__ or "").split())
 
 
-SECTIONS: dict[str, Section] = {}
+SECTIONS: dict[str, list[Section]] = {}
+"""Sections by path, outer ones first; several where kinds of the section around them each have their own."""
 SETTINGS: dict[str, list[Setting]] = {}
 """Settings by path; several where kinds share a name."""
 ALL_SETTINGS: list[Setting] = []
 """The same in the order of the classes, kind by kind."""
 for _found in _walk(TrainConfig, "", ()):
     if isinstance(_found, Section):
-        SECTIONS.setdefault(_found.path, _found)
+        SECTIONS.setdefault(_found.path, []).append(_found)
     else:
         SETTINGS.setdefault(_found.path, []).append(_found)
         ALL_SETTINGS.append(_found)
@@ -153,6 +157,14 @@ LEAVES: dict[str, list[str]] = {}
 """Paths by their last name; a name with one path may stand alone on the command line."""
 for _path in SETTINGS:
     LEAVES.setdefault(_path.rpartition(".")[2], []).append(_path)
+
+
+Found = TypeVar("Found", Setting, Section)
+
+
+def active(variants: Iterable[Found], kinds: Mapping[str, str | None]) -> Found | None:
+    """The one of several settings or sections of a path that exists under the chosen kinds, if there is one."""
+    return next((one for one in variants if all(kinds.get(at) == kind for at, kind in one.within)), None)
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:
@@ -203,15 +215,17 @@ def help_text(program: str) -> str:
 
 def _title(setting: Setting) -> str:
     """The heading that a setting stands under: its section, or its section and kind."""
-    section = SECTIONS.get(setting.path.rpartition(".")[0])
+    path = setting.path.rpartition(".")[0]
+    section = active(SECTIONS.get(path, ()), dict(setting.within))
     if section is None:
         return ""
+    under = "".join(f" of {at}.kind {kind}" for at, kind in section.within)
     if setting.leaf == "kind" and section.kinds:
-        return f"{section.path}: one of {len(section.kinds)} kinds" if section.tagged else f"{section.path}: one kind"
-    if setting.kinds and setting.kinds[-1][0] == section.path:
-        kind = setting.kinds[-1][1]
-        return f"{section.path}.kind {kind}: {section.kinds[kind]}"
-    return f"{section.path}: {section.help}"
+        return f"{path}{under}: " + (f"one of {len(section.kinds)} kinds" if section.tagged else "one kind")
+    if setting.within and setting.within[-1][0] == path:
+        kind = setting.within[-1][1]
+        return f"{path}.kind {kind}{under}: {section.kinds[kind]}"
+    return f"{path}{under}: {section.help}"
 
 
 def _shown(value: object) -> str:

@@ -27,7 +27,7 @@ def place(location: Iterable[str | int]) -> tuple[str, int | None]:
             tag_next = False
         elif not path or path in SECTIONS:
             path = f"{path}.{part}" if path else part
-            tag_next = path in SECTIONS and SECTIONS[path].tagged
+            tag_next = path in SECTIONS and SECTIONS[path][0].tagged
     return path, item
 
 

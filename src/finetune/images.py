@@ -101,7 +101,11 @@ def to_pixels(image: Image.Image, rules: Data, *, seed: int, epoch: int, row: in
     the right size without mirroring keeps every pixel: value v of 0..255 becomes v / 127.5 - 1.
     """
     side = rules.resolution
-    image = F.resize(image, [side], interpolation=InterpolationMode(rules.image_interpolation_mode), antialias=True)
+    if rules.preparation == "iddpm":
+        image = _halve_and_crop(image, side)
+    else:
+        mode = InterpolationMode(rules.image_interpolation_mode)
+        image = F.resize(image, [side], interpolation=mode, antialias=True)
     if rules.center_crop:
         image = F.center_crop(image, [side, side])
     else:
@@ -117,6 +121,18 @@ def to_pixels(image: Image.Image, rules: Data, *, seed: int, epoch: int, row: in
     else:
         pixels = pixels.clamp(0, 1) * 2 - 1  # bicubic and lanczos overshoot; 8-bit images were clipped by the resize
     return pixels.expand(rules.channels, side, side)
+
+
+def _halve_and_crop(image: Image.Image, side: int) -> Image.Image:
+    """The centre square of the resized image as improved-diffusion makes it (Nichol & Dhariwal 2021).
+
+    Not F.resize and F.center_crop, which truncate the long side and round the crop where it rounds and truncates.
+    """
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return F.crop(image, (image.height - side) // 2, (image.width - side) // 2, side, side)
 
 
 def background_rgb(colour: str) -> tuple[int, int, int]:

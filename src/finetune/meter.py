@@ -33,10 +33,11 @@ class Meter:
         """The terms of one micro-batch of the step that is under way."""
         quarter = (self._objective.process.fraction(terms.level) * 4).long().clamp(max=3)
         sums = {"loss": (terms.per_sample * terms.weight).sum(), "count": terms.weight.new_tensor(len(terms.weight))}
-        sums |= {name: value.sum() for name, value in terms.terms.items()}
+        sums |= {name: (value * terms.weight).sum() for name, value in terms.terms.items()}
         for q in range(4):
-            sums[f"loss_q{q}"] = (terms.per_sample * (quarter == q)).sum()
-            sums[f"count_q{q}"] = (quarter == q).sum()
+            weight = terms.weight * (quarter == q)
+            sums[f"loss_q{q}"] = (terms.per_sample * weight).sum()
+            sums[f"count_q{q}"] = weight.sum()
         self._step.append(sums)
 
     def commit(self, grad_norm: float) -> None:

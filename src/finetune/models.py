@@ -9,6 +9,8 @@ import diffusers
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from finetune.conditioning import Condition, Conditioner
@@ -27,9 +29,72 @@ def bind(unet: torch.nn.Module, condition: Condition) -> Callable[[Tensor, Tenso
     A UNet2DConditionModel without cross-attention still asks for encoder_hidden_states: it gets None.
     """
     bare = unet if isinstance(unet, UNet) else extract_model_from_parallel(unet)
+    set_heads(bare)  # here, where every use passes, because from_pretrained does not know of them
     if isinstance(bare, UNet2DConditionModel):
         condition = {"encoder_hidden_states": None, **condition}
     return lambda x_t, timestep: unet(x_t, timestep, **condition).sample
+
+
+def set_heads(unet: UNet) -> None:
+    """Give the attention of a UNet2DModel the numbers of heads that its config states as `num_attention_heads`.
+
+    The entry is ours: [way down and middle, way up]. A UNet2DModel itself knows one width of heads for all levels
+    (attention_head_dim), which cannot say a number of heads over levels of different widths, as improved-diffusion's.
+    Stock diffusers warns that it ignores the entry, and then computes something else.
+    """
+    heads = unet.config.get("num_attention_heads") if isinstance(unet, UNet2DModel) else None
+    if heads is not None:
+        for name, module in unet.named_modules():
+            if isinstance(module, Attention):
+                module.heads = heads[name.startswith("up_blocks")]
+                module.scale = (module.inner_dim // module.heads) ** -0.5
+
+
+def new_unet2d(*, heads: tuple[int, int] | None, **arguments: Any) -> UNet2DModel:
+    """A new UNet2DModel(**arguments) with so many attention heads: (way down and middle, way up), or by arguments.
+
+    Where attention_head_dim can express them it does, and the model is a stock one; else see `set_heads`. Raises
+    ConfigError if a number does not divide the channels of a level with attention.
+    """
+    if heads is None:
+        return UNet2DModel(**arguments)
+    down, up = _attention_widths(arguments)
+    for n, widths in zip(heads, (down, up), strict=True):
+        if bad := [width for width in widths if width % n]:
+            raise ConfigError(f"{n} attention heads do not divide the {bad[0]} channels of a level: use a divisor")
+    head_widths = {width // n for n, widths in zip(heads, (down, up), strict=True) for width in widths}
+    if len(head_widths) <= 1:
+        return UNet2DModel(**arguments, attention_head_dim=head_widths.pop() if head_widths else None)
+    unet = UNet2DModel(**arguments, attention_head_dim=None)
+    if heads != (1, 1):
+        unet.register_to_config(num_attention_heads=list(heads))
+        set_heads(unet)
+    return unet
+
+
+def _attention_widths(arguments: dict[str, Any]) -> tuple[set[int], set[int]]:
+    """Channels of the levels with attention: on the way down and in the middle, and on the way up."""
+    channels = arguments["block_out_channels"]
+    down = {c for c, block in zip(channels, arguments["down_block_types"], strict=True) if "Attn" in block}
+    up = {c for c, block in zip(channels[::-1], arguments["up_block_types"], strict=True) if "Attn" in block}
+    return down | ({channels[-1]} if arguments["add_attention"] else set()), up
+
+
+def start_at_zero(unet: UNet) -> None:
+    """Zero the last convolution, the second of each residual layer and the projection out of each attention.
+
+    As in improved-diffusion (Nichol & Dhariwal 2021; Fixup, Zhang et al. 2019): every residual branch starts as
+    nothing, and the output of the whole UNet is exactly 0.
+    """
+    zeroed = [unet.conv_out]
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            zeroed.append(module.conv2)
+        elif isinstance(module, Attention):
+            zeroed.append(module.to_out[0])
+    for module in zeroed:
+        for parameter in module.parameters():
+            torch.nn.init.zeros_(parameter)
 
 
 def build_unet(cfg: TrainConfig, space: Space, conditioner: Conditioner, *, seed: int) -> UNet:
@@ -43,26 +108,29 @@ def build_unet(cfg: TrainConfig, space: Space, conditioner: Conditioner, *, seed
     _check_blocks(cfg.model, conditioner)
     _check_side(len(cfg.model.block_out_channels), space)
     arguments = _condition_arguments(cfg.model, conditioner)
-    cls = UNet2DModel if cfg.model.kind == "unet2d" else UNet2DConditionModel
+    arguments |= {"sample_size": space.size, "in_channels": space.channels}
+    arguments["out_channels"] = space.channels * cfg.objective.out_channels_factor
+    arguments |= _shape_arguments(cfg.model)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key(seed, "weights"))
         try:
-            return cls(
-                sample_size=space.size,
-                in_channels=space.channels,
-                out_channels=space.channels,
-                **_shape_arguments(cfg.model),
-                **arguments,
-            )
+            if cfg.model.kind == "unet2d_condition":
+                return UNet2DConditionModel(**arguments)
+            heads = cfg.model.num_heads
+            unet = new_unet2d(heads=None if heads is None else (heads, heads), **arguments)
         except (ValueError, NotImplementedError) as error:
-            raise ConfigError(f"model: diffusers cannot build this {cls.__name__}: {error}") from error
+            raise ConfigError(f"model: diffusers cannot build this {cfg.model.kind}: {error}") from error
+    if cfg.model.zero_init:
+        start_at_zero(unet)
+    return unet
 
 
 def _shape_arguments(model: Any) -> dict[str, Any]:
     """The settings that both classes take by the same name, and those that one of them takes."""
-    names = ["block_out_channels", "layers_per_block", "down_block_types", "up_block_types", "attention_head_dim"]
+    names = ["block_out_channels", "layers_per_block", "down_block_types", "up_block_types"]
     names += ["norm_num_groups", "resnet_time_scale_shift", "dropout"]
     names += ["add_attention"] if model.kind == "unet2d" else ["mid_block_type"]
+    names += ["attention_head_dim"] if model.kind == "unet2d_condition" or model.num_heads is None else []
     arguments = {name: getattr(model, name) for name in names}
     if model.kind == "unet2d" and model.resnet_time_scale_shift == "scale_shift":
         # Without it diffusers leaves the group norm of the middle attention out (Nichol & Dhariwal 2021 have it).
@@ -107,6 +175,11 @@ def _check_blocks(model: Any, conditioner: Conditioner) -> None:
                 f"model.norm_num_groups must divide every model.block_out_channels, got {model.norm_num_groups} and "
                 f"{channels}: use a common divisor"
             )
+    if model.kind == "unet2d" and None not in (model.num_heads, model.attention_head_dim):
+        raise ConfigError(
+            f"model.num_heads ({model.num_heads}) and model.attention_head_dim ({model.attention_head_dim}) both set "
+            "the attention heads: set model.attention_head_dim to null"
+        )
     up_channels = model.block_out_channels[::-1]
     attends = [c for c, b in zip(model.block_out_channels, model.down_block_types, strict=True) if "Attn" in b]
     attends += [c for c, b in zip(up_channels, model.up_block_types, strict=True) if "Attn" in b]
@@ -159,6 +232,7 @@ def _pretrained(cfg: TrainConfig, space: Space, conditioner: Conditioner) -> UNe
             f"only {' and '.join(classes)} can be trained"
         )
     unet = load_pretrained(classes[name], model.pretrained_model_name_or_path, variant=model.variant, **place)
+    _check_channels(unet, space, cfg.objective.out_channels_factor)
     _check_pretrained(unet, space, conditioner)
     _check_side(len(unet.config.block_out_channels), space)
     # The exported pipelines take the size of their images from here. The version is ours from now on: for UNets of
@@ -167,14 +241,22 @@ def _pretrained(cfg: TrainConfig, space: Space, conditioner: Conditioner) -> UNe
     return unet.train()
 
 
+def _check_channels(unet: UNet, space: Space, factor: int) -> None:
+    if unet.config.in_channels != space.channels:
+        raise ConfigError(
+            f"the pretrained UNet has in_channels {unet.config.in_channels}, x0 has {space.channels} channels: set "
+            "space and data.channels to what it was trained on"
+        )
+    if unet.config.out_channels != space.channels * factor:
+        raise ConfigError(
+            f"the pretrained UNet has out_channels {unet.config.out_channels}, the objective needs "
+            f"{space.channels * factor}: twice the channels of x0 go with objective.variance learned_range, as many "
+            "with any other"
+        )
+
+
 def _check_pretrained(unet: UNet, space: Space, conditioner: Conditioner) -> None:
     config, where = unet.config, "the pretrained UNet"
-    for side in ("in_channels", "out_channels"):
-        if config[side] != space.channels:
-            raise ConfigError(
-                f"{where} has {side} {config[side]}, x0 has {space.channels} channels: set space and data.channels to "
-                "what it was trained on"
-            )
     for further in ("addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "time_cond_proj_dim"):
         if config.get(further) is not None:
             raise ConfigError(f"{where} has {further} {config[further]}, a condition that this version cannot give it")

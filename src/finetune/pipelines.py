@@ -105,6 +105,8 @@ class UNetPipeline(DiffusionPipeline):
             raise ConfigError(f"output_type must be pil, pt, np or latent, got {output_type!r}")
         if config.conditioning == "none" and guidance not in (0, 1):
             raise ConfigError(f"there is no condition to guide with: guidance_scale must be 1, got {guidance}")
+        if self.unet.config.out_channels != self.unet.config.in_channels and guidance not in (0, 1):
+            raise ConfigError(f"a learned variance cannot be guided: guidance_scale must be 1, got {guidance}")
         if isinstance(generator, list) and len(generator) != n:
             raise ConfigError(f"give one generator, or one per image: got {len(generator)} for {n} images")
         check_steps(self.scheduler, steps)
@@ -251,6 +253,7 @@ def build_pipeline(
 
 def sampling_scheduler(training: SchedulerMixin, cfg: TrainConfig, space: Space) -> SchedulerMixin:
     """cfg.sample.scheduler for the noise of the training scheduler, checked for cfg.sample.num_inference_steps."""
+    check_objective(cfg)
     explicit = cfg.objective.clip_sample
     clip = isinstance(space, PixelSpace) if explicit is None else explicit
     if explicit and cfg.sample.scheduler not in ("ddpm", "ddim"):
@@ -261,6 +264,34 @@ def sampling_scheduler(training: SchedulerMixin, cfg: TrainConfig, space: Space)
     scheduler = with_scheduler(training, cfg.sample.scheduler, clip_sample=clip)
     check_steps(scheduler, cfg.sample.num_inference_steps)
     return scheduler
+
+
+def check_objective(cfg: TrainConfig) -> None:
+    """Raises ConfigError for an objective that no sampler here samples as it was trained."""
+    objective, sample = cfg.objective, cfg.sample
+    if objective.kind != "ddpm":
+        raise ConfigError(f"objective.kind {objective.kind} cannot be sampled yet: use ddpm")
+    if objective.respacing is not None:
+        raise ConfigError(
+            "objective.respacing trains few timesteps, and no sample.scheduler visits exactly these: remove it"
+        )
+    if objective.rescale_timesteps and objective.num_train_timesteps != 1000:
+        raise ConfigError(
+            "objective.rescale_timesteps gives the network t * 1000 / num_train_timesteps, but the samplers give it t: "
+            "remove it, or use num_train_timesteps 1000"
+        )
+    variance, total = objective.variance.kind, objective.num_train_timesteps
+    if variance == "learned_range" and sample.scheduler != "ddpm":
+        raise ConfigError(f"objective.variance.kind learned_range needs sample.scheduler ddpm, got {sample.scheduler}")
+    if variance == "learned_range" and sample.guidance_scale not in (0.0, 1.0):
+        raise ConfigError("sample.guidance_scale must be 1 with objective.variance.kind learned_range, "
+                          f"got {sample.guidance_scale}: the variance cannot be guided")  # fmt: skip
+    if variance != "fixed_small" and sample.scheduler == "ddpm" and sample.num_inference_steps != total:
+        # The last of fewer steps does not end at timestep 0, and DDPMScheduler then adds noise to the image.
+        raise ConfigError(
+            f"sample.scheduler ddpm with objective.variance.kind {variance} needs all {total} steps, got "
+            f"sample.num_inference_steps {sample.num_inference_steps}"
+        )
 
 
 def with_scheduler(training: SchedulerMixin, name: str, *, clip_sample: bool) -> SchedulerMixin:

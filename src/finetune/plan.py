@@ -106,15 +106,23 @@ def count(n: int) -> str:
 
 
 def objective_line(cfg: TrainConfig) -> str:
-    """Process, what is predicted, and how it is weighted."""
+    """Process, what is predicted, how levels are drawn, and how the loss is weighted; only what is not the default."""
     objective = cfg.objective
-    parts = [f"{objective.kind}, {objective.prediction_type}, {objective.num_train_timesteps} levels"]
-    parts.append(f"{objective.beta_schedule} schedule" + ", zero terminal SNR" * objective.rescale_betas_zero_snr)
-    if objective.snr_gamma is not None:
-        parts.append(f"min-SNR {objective.snr_gamma:g}")
-    if objective.noise_offset:
-        parts.append(f"noise offset {objective.noise_offset:g}")
-    return ", ".join(parts)
+    parts = [objective.kind] + [objective.prediction_type] * (objective.prediction_type != objective.kind)
+    if objective.kind == "ddpm":
+        respaced = f" respaced to {objective.respacing}" if objective.respacing else ""
+        parts.append(f"{objective.num_train_timesteps} levels{respaced}")
+        parts.append(f"{objective.beta_schedule} schedule" + ", zero terminal SNR" * objective.rescale_betas_zero_snr)
+        if objective.variance.kind == "learned_range" or objective.variance.vb_loss != "none":
+            parts.append(f"{objective.variance.kind} variance, vb loss {objective.variance.vb_loss}")
+    parts.append(f"levels {objective.levels.kind}" + " stratified" * objective.levels.stratified)
+    if objective.weighting.kind != "none":
+        parts.append(f"weighting {objective.weighting.kind}")
+    if objective.loss.kind != "l2":
+        parts.append(f"loss {objective.loss.kind}")
+    noise = {"noise offset": objective.noise_offset, "input perturbation": objective.input_perturbation}
+    noise["pyramid noise"] = objective.pyramid_noise_discount
+    return ", ".join([*parts, *(f"{name} {strength:g}" for name, strength in noise.items() if strength)])
 
 
 def optimizer_line(cfg: TrainConfig) -> str:

@@ -72,6 +72,15 @@ class PositionRandom:
         draws = [torch.rand((), dtype=torch.float64, generator=self._at(purpose, p)) for p in self._positions]
         return torch.stack(draws)
 
+    def stratified(self, purpose: str, strata: int) -> torch.Tensor:
+        """As `uniform`, but of `strata` consecutive positions each lies in its own [i / strata, (i + 1) / strata).
+
+        Position p has share p mod strata, so that a global batch of that size covers each share once.
+        """
+        import torch
+
+        return ((torch.tensor(self._positions) % strata) + self.uniform(purpose)) / strata
+
     def integers(self, purpose: str, high: int) -> torch.Tensor:
         """One integer in [0, high) per sample -> [B] int64 on the CPU."""
         import torch

@@ -72,7 +72,9 @@ class Trainer:
         device = self.accelerator.device
         self.space = build_space(cfg, device)
         self.conditioner = build_conditioner(cfg, self.data.class_names, device)
-        self.objective = objective or build_objective(cfg.objective, clip_sample=cfg.space.kind == "pixel")
+        clip = cfg.space.kind == "pixel"
+        self.objective = objective or build_objective(cfg.objective, clip_sample=clip, global_batch=self.global_batch)
+        self.objective.to(device)
         self.unet = build_unet(cfg, self.space, self.conditioner, seed=cfg.seed).to(device)
         if cfg.train.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -83,7 +85,9 @@ class Trainer:
         self.has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules())
 
         self.parameters = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
-        optimizer = build_optimizer(cfg.optimizer, self.parameters.values())
+        learned = {f"objective.{name}": p for name, p in self.objective.parameters().items()}
+        self.names = {parameter: name for name, parameter in (self.parameters | learned).items()}
+        optimizer = build_optimizer(cfg.optimizer, list(self.names))
         self.learning_rate = learning_rate(cfg.optimizer, self.steps)
         self.ema = Ema(self.parameters, cfg.ema) if cfg.ema.use_ema else None
         self.network, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
@@ -100,6 +104,7 @@ class Trainer:
         Raises Preempted after a signal, NonFiniteError after max_nonfinite_steps bad steps in a row.
         """
         cfg, tracker = self.cfg, tracking.Tracker(self.accelerator, self.cfg, resumed_step=self.step)
+        self.pipeline()  # refuses now what could not be sampled at the end
         self.write_run_files()
         meter = Meter(self.accelerator, self.objective)
         with StopSignals() as signals, self._progress() as bar, contextlib.closing(tracker):
@@ -123,7 +128,7 @@ class Trainer:
         """One optimizer step over a global batch. Returns whether it was taken; if not, only counters changed."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        rows = []
+        rows, taken_in = [], []
         for micro in range(self.accumulation):
             batch = next(batches)
             rows += batch.rows.tolist()
@@ -132,10 +137,13 @@ class Trainer:
                 terms = self._loss(batch, micro)
                 self.accelerator.backward((terms.per_sample * terms.weight).mean() / self.accumulation)
             meter.add(terms)
+            taken_in.append(terms)
         self.batches += 1
+        for parameter in self.objective.parameters().values():  # DDP averages those of the network only
+            parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         # DDP has averaged the gradients, so this norm, and with it the decision, is the same on every process.
         max_norm = self.cfg.train.max_grad_norm or math.inf
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), max_norm))
+        grad_norm = float(self.accelerator.clip_grad_norm_(list(self.names), max_norm))
         if math.isfinite(grad_norm) or self.accelerator.scaler:  # fp16's scaler skips by itself, and lowers its scale
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -145,6 +153,8 @@ class Trainer:
         self.step += 1
         self.nonfinite_in_a_row = 0
         meter.commit(grad_norm)
+        for terms in taken_in:
+            self.objective.update(terms, self.accelerator.gather)
         if self.ema:
             self.ema.step()
         return True
@@ -196,11 +206,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self) -> None:
-        names = {parameter: name for name, parameter in self.parameters.items()}
         parts = {
             "model": self.unet.state_dict(),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer, names),
+            "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer, self.names),
         }
+        parts |= {"objective": learned} if (learned := self.objective.state_dict()) else {}
         parts |= {f"ema_{decay}": average for decay, average in self.ema.averages.items()} if self.ema else {}
         checkpoint.save(
             self.output_dir / "checkpoints",
@@ -247,8 +257,9 @@ class Trainer:
                 "\nSet them back, or choose another output_dir for the new run."
             )
         self.unet.load_state_dict(found.tensors("model"))
-        names = {parameter: name for name, parameter in self.parameters.items()}
-        checkpoint.load_optimizer(self.optimizer.optimizer, found.tensors("optimizer"), names)
+        checkpoint.load_optimizer(self.optimizer.optimizer, found.tensors("optimizer"), self.names)
+        if self.objective.state_dict():
+            self.objective.load_state_dict(found.tensors("objective"))
         if self.ema:
             self.ema.load(
                 found.state["ema_updates"], {decay: found.tensors(f"ema_{decay}") for decay in self.ema.averages}
