@@ -3,8 +3,6 @@
     codes = run(cfg)                                    one process, to the end
     codes = run(cfg, processes=2)                       two, over gloo
     codes = run(cfg, stop=(5, signal.SIGKILL))          the signal is sent as soon as step 5 stands in metrics.jsonl
-
-No Accelerator may exist in the parent, or the children would inherit its state.
 """
 
 import json
@@ -15,6 +13,8 @@ import sys
 import time
 import traceback
 from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState
 
 from finetune import cli
 from finetune.config import TrainConfig
@@ -88,6 +88,8 @@ def _fork(cfg: TrainConfig, rank: int, processes: int, port: int, body) -> int:
         os.dup2(stream, 1), os.dup2(stream, 2)
         sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
         logging.getLogger().handlers.clear()  # those of pytest
+        AcceleratorState._reset_state(reset_partial_state=True)  # what another test left in the parent
+        GradientState._reset_state()
         os.environ |= {"ACCELERATE_USE_CPU": "true"}
         if processes > 1:
             os.environ |= {

@@ -38,7 +38,7 @@ def test_files_and_numbers_of_a_run(tmp_path):
     cfg = config(tmp_path / "run", sample={"num_images": 2, "num_inference_steps": 2, "sample_every": 4})
     assert run(cfg) == [0], log(cfg)
     files = {p.relative_to(cfg.output_dir).as_posix() for p in Path(cfg.output_dir).rglob("*") if p.is_file()}
-    expected = {"config.yaml", "run.json", "metrics.jsonl", ".lock"}
+    expected = {"config.yaml", "run.json", "metrics.jsonl"}
     expected |= {f"samples/step-{step:08d}.png" for step in (4, 8, 9)}
     parts = ("model.safetensors", "optimizer.safetensors", "ema_0.9.safetensors", "ema_0.5.safetensors")
     for step in (8, 9):
