@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,6 @@ class Poisoned:
         self.process, self.scheduler = self._inner.process, self._inner.scheduler
 
     def loss(self, network, x0, random):
-        import os
-
         self._batch += 1
         terms = self._inner.loss(network, x0, random)
         hit = self._batch in self._at and int(os.environ.get("RANK", 0)) == self._rank
