@@ -8,13 +8,13 @@ CONFIG ?= configs/train/digits.yaml
 .DEFAULT_GOAL := train
 
 train: setup
-	$(BIN)/accelerate launch \
+	@$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $$($(BIN)/python -c 'import os; print(os.cpu_count())') \
 	  --config_file configs/accelerate/$$($(BIN)/python -c 'import torch; print("one_gpu" if torch.cuda.is_available() else "cpu")').yaml \
 	  train_unet.py --config $(CONFIG)
 
 test: setup
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 setup: .venv/installed
 

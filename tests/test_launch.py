@@ -41,7 +41,7 @@ def test_whole_run_over_two_processes(tmp_path):
     assert f"samples: {run}/samples/step-00000004.png" in output
     assert f"pipeline: {run}/pipeline" in output
     assert (run / "samples" / "step-00000004.png").stat().st_size > 0
-    assert output.count("global batch") == 1  # the plan, by one process
+    assert output.count("per micro-step") == 1  # the plan, by one process
 
 
 def test_configuration_error_is_said_once_and_comes_first(tmp_path):

@@ -127,6 +127,9 @@ def test_other_settings_are_another_run(tmp_path):
     assert run(changed) == [1]
     assert "belongs to another run" in log(cfg)
     assert "seed: 0 -> 5" in log(cfg)
+    shorter = config(tmp_path / "run", train={"max_train_steps": 1, "global_batch_size": 8})
+    assert run(shorter) == [1]
+    assert "is past the end of the run, which has 1 steps: raise train.max_train_steps" in log(cfg)
     longer = config(tmp_path / "run", optimizer={"learning_rate": 5e-4, "lr_warmup_steps": 2})
     assert run(longer) == [0], log(cfg)
     assert last_step(longer) == STEPS
@@ -136,13 +139,11 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     cfg = config(tmp_path / "run")
 
     def twice(cfg):
-        from finetune.trainer import Trainer
+        from finetune import lock
+        from finetune.run import train
 
-        first = Trainer(cfg)
-        try:
-            Trainer(cfg)
-        finally:
-            del first
+        with lock.hold(tmp_path / "run"):
+            train(cfg)
 
     assert run(cfg, body=twice) == [2]
     assert "is in use by another run" in log(cfg)

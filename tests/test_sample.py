@@ -127,7 +127,7 @@ def test_draw_grid_is_the_images_of_generate(parts, tmp_path):  # noqa: F811
     pipeline = pipeline_of(cfg)
     draw_grid(pipeline, cfg, tmp_path / "samples" / "step-00000003.png")
     images = generate(pipeline, num_images=4, seed=9, num_inference_steps=3, guidance_scale=1.0)
-    expected = grid(images, ["zero", "one", "two", "zero"])
+    expected = grid(images, ["zero", "one", "two", "zero"], columns=3)  # one per class
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "step-00000003.png")), np.asarray(expected))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,6 @@ class Poisoned:
         return getattr(self._inner, name)
 
     def loss(self, network, x0, random):
-        import os
-
         self._batch += 1
         terms = self._inner.loss(network, x0, random)
         hit = self._batch in self._at and int(os.environ.get("RANK", 0)) == self._rank
@@ -40,7 +39,7 @@ def test_files_and_numbers_of_a_run(tmp_path):
     cfg = config(tmp_path / "run", sample={"num_images": 2, "num_inference_steps": 2, "sample_every": 4})
     assert run(cfg) == [0], log(cfg)
     files = {p.relative_to(cfg.output_dir).as_posix() for p in Path(cfg.output_dir).rglob("*") if p.is_file()}
-    expected = {"config.yaml", "run.json", "metrics.jsonl", ".lock"}
+    expected = {"config.yaml", "run.json", "metrics.jsonl"}
     expected |= {f"samples/step-{step:08d}.png" for step in (4, 8, 9)}
     parts = ("model.safetensors", "optimizer.safetensors", "ema_0.9.safetensors", "ema_0.5.safetensors")
     for step in (8, 9):

@@ -6,10 +6,13 @@ import argparse
 import logging
 import os
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from finetune.errors import ConfigError, FinetuneError
+from finetune.provenance import without_token
 
 USAGE = """usage: finetune COMMAND [options]
 
@@ -37,19 +40,41 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def guarded(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Run `command(argv)`; errors meant for the user become one message on stderr and their exit code."""
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    """Run `command(argv)`; errors meant for the user become one message on stderr and their exit code, others 1.
+
+    What is logged or raised is shown without the token of the Hub, which libraries may quote.
+    """
+    _log_to_screen(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         return command(argv) or 0
     except FinetuneError as error:
-        if main_process or not isinstance(error, ConfigError):
-            print(error, file=sys.stderr)
+        # It is wrong in all processes alike, or in those of one machine, such as a path that is not there.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
+            print(without_token(str(error)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        print(without_token(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
+
+
+class _WithoutToken(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """The text of a record, as it may be shown."""
+        return without_token(super().format(record))
+
+
+def _log_to_screen(level: int) -> None:
+    """Show what this package logs from `level` on; of the libraries, warnings and errors, as they show them."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WithoutToken("%(message)s"))
+    logger = logging.getLogger("finetune")
+    logger.setLevel(level)
+    logger.handlers = [handler]  # not added: a second command in this process would say everything twice
+    # What diffusers passes to huggingface_hub, and nobody else can change.
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks", category=UserWarning)
 
 
 def train(argv: list[str]) -> None:
@@ -58,7 +83,7 @@ def train(argv: list[str]) -> None:
 
     cfg = load_or_exit(argv)
 
-    from finetune.run import train  # from here on torch is imported
+    from finetune.run import train
 
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # started by `accelerate launch`
         from finetune.signals import die_with_parent
@@ -82,7 +107,11 @@ def _import(argv: list[str]) -> None:
 def _config(argv: list[str]) -> int:
     from finetune.config_io import config_main
 
-    return config_main(argv)
+    try:
+        return config_main(argv)
+    except BrokenPipeError:  # `| head` has seen enough; nothing is left to be flushed at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _push(argv: list[str]) -> None:
@@ -90,8 +119,10 @@ def _push(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's output_dir")
     parser.add_argument("--hub_model_id", help='"name" or "owner/name"; default: as the run was configured')
     args = parser.parse_args(argv)
+    if not (args.run / "config.yaml").is_file() or (args.run / "model_index.json").is_file():
+        raise ConfigError(f"{args.run} is no run (a folder with config.yaml): give the output_dir of a finished run")
     if not (args.run / "pipeline" / "model_index.json").is_file():
-        raise ConfigError(f"{args.run} holds no exported pipeline: give the output_dir of a finished run")
+        raise ConfigError(f"{args.run} is not finished: its training command, given again, goes on where it stopped")
 
     from dataclasses import replace
 

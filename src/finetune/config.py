@@ -275,6 +275,9 @@ class TrainConfig:
             yield "sample.class_labels", f"conditioning.kind is {kind}, which takes no labels: remove them"
         if kind in ("pooled_text", "text") and not self.sample.prompts:
             yield "sample.prompts", f"conditioning.kind {kind} needs at least one prompt to sample with"
+        wanted = max(len(self.sample.prompts), len(self.sample.class_labels))
+        if wanted > self.sample.num_images:
+            yield "sample.num_images", f"{self.sample.num_images} cannot show {wanted} prompts or labels: raise it"
         if self.sample.guidance_scale not in (0.0, 1.0):
             if kind == "none":
                 yield "sample.guidance_scale", "there is no condition to guide with: use 1"

@@ -8,13 +8,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import ConfigMixin, DiffusionPipeline, StableDiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from finetune.card import draw_loss, model_card, read_metrics
 from finetune.config import TrainConfig
@@ -74,13 +77,8 @@ def verify(pipeline: DiffusionPipeline, folder: Path, *, same_kernels: bool) -> 
     same_kernels: whether both compute the same bits, so that the images must be equal; otherwise they must be finite.
     Raises FinetuneError that names what differs.
     """
-    shown = diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
-    try:
+    with without_loading_bars():
         loaded = type(pipeline).from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    finally:
-        if shown:
-            diffusers_logging.enable_progress_bar()
     originals, copies = dict(_modules(pipeline)), dict(_modules(loaded))
     _demand(originals.keys() == copies.keys(), f"it has the models {sorted(copies)}, not {sorted(originals)}")
     for component, original in originals.items():
@@ -98,6 +96,26 @@ def verify(pipeline: DiffusionPipeline, folder: Path, *, same_kernels: bool) -> 
     images, again = _draw(pipeline), _draw(loaded)
     _demand(bool(np.isfinite(again).all()), "its samples are not finite")
     _demand(not same_kernels or np.array_equal(images, again), "its samples differ from those of the trained model")
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Inside, diffusers and transformers show no bars for reading and writing files; downloads and sampling do.
+
+    They are over before they can be read, and tear the screen of a training apart.
+    """
+    downloads = not are_progress_bars_disabled()
+    libraries = [diffusers.utils.logging, transformers.utils.logging]
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    if downloads:  # transformers has switched them off too
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _write(

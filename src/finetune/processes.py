@@ -16,8 +16,10 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     """Accelerate's devices, processes and precision. Raises ConfigError if it cannot give what cfg asks for."""
     try:
         accelerator = Accelerator(
+            # Or torchrun and notebook_launcher without a GPU start separate runs of one process each.
+            cpu=not torch.accelerator.is_available(),
             mixed_precision=cfg.train.mixed_precision,
-            log_with=tracking.trackers(cfg.tracking),
+            log_with=tracking.trackers(cfg.tracking) or None,
             project_dir=Path(cfg.output_dir) / "logs",
         )
     except ValueError as error:  # such as fp16 on a CPU, or a second precision in one Python process

@@ -19,7 +19,7 @@ from finetune.pretrained import HUB_ID
 
 PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "datasets", "safetensors", "numpy")
 
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+TOKEN = re.compile(r"\bhf_(?:oauth_[\w.-]{20,}|[A-Za-z0-9]{20,})")
 
 SOURCES = (
     ("data", "dataset_name"),
@@ -73,12 +73,17 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def redact(text: str) -> str:
-    """`text` without Hub tokens, with the working directory as "." and the home directory as "~"."""
+def without_token(text: str) -> str:
+    """`text` with "[token]" in the place of the value of HF_TOKEN and of all that looks like a Hub token."""
     secret = os.environ.get("HF_TOKEN", "")
     if len(secret) >= 8:  # anything shorter is no token, and may be a word of the text
         text = text.replace(secret, "[token]")
-    text = TOKEN.sub("[token]", text)
+    return TOKEN.sub("[token]", text)
+
+
+def redact(text: str) -> str:
+    """`text` without Hub tokens, with the working directory as "." and the home directory as "~"."""
+    text = without_token(text)
     places = {str(Path.cwd()): ".", str(Path.home()): "~"}
     for place in sorted(places, key=len, reverse=True):
         if len(Path(place).parts) > 1:  # "/" is in every path

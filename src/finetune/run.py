@@ -1,54 +1,69 @@
-"""A whole run, from the configuration to the published model; what train_unet.py and notebooks call."""
+"""A whole run, from the configuration to the published model; what train_unet.py and notebooks call.
+
+Imports no torch until it trains.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune import hub
+from finetune import hub, lock
 from finetune.config import TrainConfig
 from finetune.config_io import is_main_process
 from finetune.config_launch import launch_settings
-from finetune.export import export
 from finetune.plan import plan_text
-from finetune.trainer import Trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from finetune.objective import Objective
+    from finetune.trainer import Trainer
+
 log = logging.getLogger(__name__)
 
 
-def train(cfg: TrainConfig, *, dataset: Dataset | None = None) -> Path:
+def train(cfg: TrainConfig, *, dataset: Dataset | None = None, objective: Objective | None = None) -> Path:
     """Train what `cfg` describes, or go on where its output_dir stopped; export it; push it if asked to.
 
-    dataset: an in-memory data set used instead of the one cfg.data names. Returns the folder of the exported pipeline.
+    dataset: an in-memory data set used instead of the one cfg.data names. objective: used instead of cfg.objective's.
+    Returns the folder of the exported pipeline.
     Runs in every process of `accelerate launch` and of `notebook_launcher(train, (cfg,))`.
     Raises the errors of finetune.errors; the weights are on the disk before the Hub is asked to take them.
     """
     cfg = launch_settings(cfg, os.environ)
     if cfg.hub.push and is_main_process():
         hub.probe(repository(cfg), private=cfg.hub.private)
-    trainer = Trainer(cfg, dataset=dataset)
-    trainer.accelerator.print(plan_text(trainer))
-    trainer.fit()
-    trainer.accelerator.end_training()  # what follows is the main process's alone: nobody must wait for it
+
+    from finetune.export import without_loading_bars  # torch: only now, so that what cannot work is said at once
+    from finetune.trainer import Trainer
+
     folder = Path(cfg.output_dir) / "pipeline"
-    if trainer.accelerator.is_main_process:
-        with trainer.averaged_weights():
-            export_run(trainer)
-        log.info("samples: %s", trainer.sample_path)
-        log.info("pipeline: %s", folder)
-        if cfg.hub.push:
-            push(cfg)
+    # Held here and not by the trainer, which a notebook's traceback keeps alive: the same cell must be able to resume.
+    alone = lock.hold(Path(cfg.output_dir)) if is_main_process() else contextlib.nullcontext()
+    with alone, without_loading_bars():
+        trainer = Trainer(cfg, dataset=dataset, objective=objective)
+        trainer.accelerator.print(plan_text(trainer))
+        trainer.fit()
+        trainer.accelerator.end_training()  # what follows is the main process's alone: nobody must wait for it
+        if trainer.accelerator.is_main_process:
+            with trainer.averaged_weights():
+                export_run(trainer)
+            log.info("samples: %s", trainer.sample_path)
+            log.info("pipeline: %s", folder)
+    if trainer.accelerator.is_main_process and cfg.hub.push:
+        push(cfg)
     return folder
 
 
 def export_run(trainer: Trainer) -> Path:
     """Write output_dir/pipeline from the trainer's present weights."""
+    from finetune.export import export
+
     output_dir = trainer.output_dir
     return export(
         trainer.pipeline(),

@@ -148,7 +148,13 @@ def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path) -> None
     )
     labels = captions_of(pipeline, wanted_conditions(pipeline, section.num_images, **given))
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid(images, labels).save(path)
+    grid(images, labels, columns=_columns(labels)).save(path)
+
+
+def _columns(labels: Sequence[str] | None) -> int | None:
+    """One column per prompt or class where that fits a screen."""
+    distinct = len(set(labels or ()))
+    return distinct if 2 <= distinct <= 12 else None
 
 
 def grid(images: Sequence[Image], labels: Sequence[str] | None = None, columns: int | None = None) -> Image:
@@ -213,7 +219,8 @@ def load_pipeline(source: str) -> DiffusionPipeline:
     try:
         index = DiffusionPipeline.load_config(source)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no pipeline (model_index.json) could be read from {source}: {error}") from error
+        advice = "" if Path(source).is_dir() else " Check the name, your login (`hf auth login`) and the network."
+        raise ConfigError(f"no pipeline (model_index.json) could be read from {source}: {error}{advice}") from error
     name = str(index.get("_class_name"))
     if name not in classes:
         raise ConfigError(f"{source} holds a {name}: only {', '.join(classes)} can be drawn from")
@@ -306,8 +313,7 @@ def _labels(pipeline: DiffusionPipeline, words: list[str]) -> list[int] | None:
     if conditioning_of(pipeline) != "class_label":
         raise ConfigError(f"this pipeline takes no class labels (conditioning {conditioning_of(pipeline)})")
     names = list(pipeline.config.class_names or ())
-    unknown = [word for word in words if word not in names and not word.isdecimal()]
-    if unknown:
+    if unknown := [word for word in words if word not in names and not word.isdecimal()]:
         known = f" or one of {', '.join(names)}" if names else ""
         raise ConfigError(f"--class_label {unknown[0]} is not a number{known}")
     return [names.index(word) if word in names else int(word) for word in words]
@@ -324,6 +330,7 @@ def sample_main(argv: list[str] | None = None) -> None:
     defaults = {} if type(pipeline).__name__ == "UNetPipeline" else _run_defaults(source)
     if args.scheduler:
         pipeline = _with_scheduler(pipeline, args.scheduler)
+    pipeline.set_progress_bar_config(desc="sampling", leave=False)
     pipeline.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     given = {"prompts": args.prompt, "class_labels": _labels(pipeline, args.class_label)}
     n = args.num_images or len(args.prompt) or len(args.class_label) or DEFAULT_IMAGES
@@ -340,4 +347,4 @@ def sample_main(argv: list[str] | None = None) -> None:
     for i, image in enumerate(images):
         image.save(args.out / f"{i:04d}.png")
     grid(images, captions_of(pipeline, wanted_conditions(pipeline, n, **given))).save(args.out / "grid.png")
-    print(f"{n} images and grid.png in {args.out}")
+    print(f"{n} image{'s' * (n > 1)} and grid.png in {args.out}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from finetune import checkpoint, lock, sample, tracking
+from finetune import checkpoint, sample, tracking
 from finetune.batching import Batch, make_loader
 from finetune.conditioning import build_conditioner
 from finetune.config import TrainConfig
@@ -60,11 +60,11 @@ class Trainer:
         self.output_dir = Path(cfg.output_dir)
         self.accelerator = build_accelerator(cfg)
         if self.accelerator.is_main_process:
-            self._lock = lock.hold(self.output_dir)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.train.allow_tf32
         self.global_batch, self.accumulation, self.micro_batch = batch_plan(cfg, self.accelerator.num_processes)
 
-        with self.accelerator.main_process_first():  # the check of the data is cached for the other processes
+        with self.accelerator.local_main_process_first():  # its check of the data is cached for the others
             self.data = open_data(cfg, dataset=dataset)
         self.steps = cfg.train.max_train_steps or math.ceil(
             cfg.train.num_train_epochs * len(self.data) / self.global_batch
@@ -117,10 +117,10 @@ class Trainer:
                 if taken and due(self.step, cfg.tracking.log_every, self.steps):
                     tracker.log(self._log_line(meter, bar), step=self.step)
                 if number := over_processes(self.accelerator, signals.received):
-                    self.save()
+                    self.save(required=True)
                     raise preempted(number, self.step)
                 if taken and due(self.step, cfg.checkpoint.checkpointing_steps, self.steps):
-                    self.save()
+                    self.save(required=self.step == self.steps)
                 if taken and due(self.step, cfg.sample.sample_every, self.steps):
                     self.sample()
 
@@ -191,16 +191,16 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
+    def save(self, *, required: bool) -> None:
         """Write a checkpoint of this moment (main process; the others wait).
 
-        A full disk in the middle of a run costs this checkpoint only; at its end it raises OSError.
+        One that fails (OSError, such as a full disk) ends the run if it is required; else it costs this checkpoint.
         """
         if self.accelerator.is_main_process:
             try:
                 self._write_checkpoint()
             except OSError as error:
-                if self.step == self.steps:
+                if required:
                     raise
                 log.warning("no checkpoint at step %d (%s); the older ones are whole, going on", self.step, error)
         self.accelerator.wait_for_everyone()
@@ -237,7 +237,7 @@ class Trainer:
         """What a run must keep from its first to its last step: another value would be another run."""
         sections = json.loads(json.dumps(dataclasses.asdict(self.cfg)))
         kept = {name: sections[name] for name in ("seed", "space", "conditioning", "model", "objective", "ema")}
-        views = ("resolution", "channels", "center_crop", "random_flip", "image_interpolation_mode", "background")
+        views = ("resolution", "channels", "preparation", "center_crop", "random_flip", "image_interpolation_mode", "background")
         kept |= {f"data.{name}": sections["data"][name] for name in views}
         return kept | {"global_batch_size": self.global_batch, "data": self.data.fingerprint}
 
@@ -255,6 +255,11 @@ class Trainer:
             raise CheckpointError(
                 f"{found.path} belongs to another run; it was saved with other settings:\n" + "\n".join(lines) +
                 "\nSet them back, or choose another output_dir for the new run."
+            )
+        if found.step > self.steps:
+            raise CheckpointError(
+                f"{found.path} is past the end of the run, which has {self.steps} steps: raise train.max_train_steps "
+                "(or num_train_epochs), or choose another output_dir"
             )
         self.unet.load_state_dict(found.tensors("model"))
         checkpoint.load_optimizer(self.optimizer.optimizer, found.tensors("optimizer"), self.names)
