@@ -27,6 +27,7 @@ LAYERS = [
     {"space", "conditioning"},
     {"models"},
     {"importers"},
+    {"samplers", "schedulers"},
     {"pipelines"},
     {"sample"},
     {"card"},

@@ -209,8 +209,11 @@ class Sample:
     """Prompts of a text-conditioned model."""
     class_labels: tuple[CountOrZero, ...] = ()
     """Labels of a class-conditioned model; empty: each class in turn."""
-    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc", "euler", "euler_ancestral"] = "ddpm"
-    """Sampler; it is saved in the exported pipeline."""
+    scheduler: Literal[
+        "ddpm", "ddim", "dpmsolver++", "unipc", "euler", "euler_ancestral",
+        "edm_euler", "edm_heun", "flow_euler", "flow_heun",
+    ] = "ddpm"  # fmt: skip
+    """Sampler, saved in the exported pipeline: edm_... for objective.kind edm, flow_... for flow, the rest for ddpm."""
     num_inference_steps: Count = 1000
     """Sampling steps (1000 as in train_unconditional)."""
     guidance_scale: PositiveOrZero = 1.0

@@ -12,16 +12,11 @@ from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
-    DDPMScheduler,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
     SchedulerMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
-    UniPCMultistepScheduler,
 )
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -32,17 +27,10 @@ from finetune.conditioning import ClassLabel, Condition, Conditioner, PooledText
 from finetune.config import TrainConfig
 from finetune.errors import ConfigError
 from finetune.models import UNet, bind
+from finetune.objective.process import VarianceExploding
+from finetune.samplers import SOLVERS, flow_sigmas, karras_sigmas
+from finetune.schedulers import ODE, ODE_SCHEDULERS, check_steps, process_of, sampling_scheduler, with_scheduler
 from finetune.space import LatentSpace, PixelSpace, Space
-
-SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
-    "ddpm": (DDPMScheduler, {}),
-    "ddim": (DDIMScheduler, {}),
-    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "variance_type": None}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
-}
-"""sample.scheduler -> class and the arguments in which it differs from the training scheduler."""
 
 
 class UNetPipeline(DiffusionPipeline):
@@ -66,8 +54,12 @@ class UNetPipeline(DiffusionPipeline):
         class_names: list[str] | None = None,
         num_inference_steps: int = 1000,
         guidance_scale: float = 1.0,
+        solver: str = "euler",
     ) -> None:
-        """conditioning: none, class_label, pooled_text or text. num_inference_steps, guidance_scale: the defaults."""
+        """conditioning: none, class_label, pooled_text or text. num_inference_steps, guidance_scale: the defaults.
+
+        solver: euler or heun, with a scheduler of EDM or rectified flow; the others are their own solvers.
+        """
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(
@@ -76,6 +68,7 @@ class UNetPipeline(DiffusionPipeline):
             class_names=class_names,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            solver=solver,
         )
 
     @torch.no_grad()
@@ -114,16 +107,38 @@ class UNetPipeline(DiffusionPipeline):
         network = self._guided(wanted, n, guidance)
         size, channels = self.unet.config.sample_size, self.unet.config.in_channels
         device = self._execution_device
-        self.scheduler.set_timesteps(steps, device=device)
         x = randn_tensor((n, channels, size, size), generator=generator, device=device, dtype=torch.float32)
+        ode = isinstance(self.scheduler, ODE)
+        x = self._solved(network, x, steps) if ode else self._stepped(network, x, steps, generator)
+        images = x if output_type == "latent" else self._images(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images)
+
+    def _stepped(self, network: Any, x: Tensor, steps: int, generator: Any) -> Tensor:
+        """Pure noise x -> x0, by the steps of the scheduler."""
+        self.scheduler.set_timesteps(steps, device=x.device)
         x = x * self.scheduler.init_noise_sigma
         options = self._step_options(generator)
         for t in self.progress_bar(self.scheduler.timesteps):
             output = network(self.scheduler.scale_model_input(x, t), t)
             x = self.scheduler.step(output, t, x, **options).prev_sample
-        images = x if output_type == "latent" else self._images(x, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images)
+        return x
+
+    def _solved(self, network: Any, x: Tensor, steps: int) -> Tensor:
+        """Pure noise x -> x0, by the probability flow of the process that was trained."""
+        process, prediction = process_of(self.scheduler)
+        config = self.scheduler.config
+        if isinstance(process, VarianceExploding):
+            sigmas = karras_sigmas(steps, sigma_min=config.sigma_min, sigma_max=config.sigma_max, rho=config.rho)
+        else:
+            sigmas = flow_sigmas(steps, shift=config.shift)
+
+        def denoise(x: Tensor, level: Tensor) -> Tensor:
+            alpha, sigma, time = process(level[None])
+            output = network(process.scale_input(x, sigma), time[0].to(x.device))
+            return prediction.x0(x, output, alpha, sigma)
+
+        return SOLVERS[self.config.solver](denoise, x * float(sigmas[0]), sigmas)
 
     def space(self) -> Space:
         """The space of the UNet's x0."""
@@ -224,7 +239,7 @@ def build_pipeline(
     text: dict[str, Any] = {}
     if isinstance(conditioner, PooledText | TextSequence):
         text = {"text_encoder": conditioner.text_encoder, "tokenizer": conditioner.tokenizer}
-    if _is_stable_diffusion(unet, space, conditioner):
+    if _is_stable_diffusion(unet, space, conditioner) and not isinstance(sampler, ODE):
         check_stable_diffusion_guidance(cfg.sample.guidance_scale)
         return StableDiffusionPipeline(
             vae=space.vae,
@@ -247,94 +262,25 @@ def build_pipeline(
         class_names=list(conditioner.class_names) if is_class and conditioner.class_names else None,
         num_inference_steps=cfg.sample.num_inference_steps,
         guidance_scale=cfg.sample.guidance_scale,
+        solver=ODE_SCHEDULERS.get(cfg.sample.scheduler, "euler"),
         **text,
     )
 
 
-def sampling_scheduler(training: SchedulerMixin, cfg: TrainConfig, space: Space) -> SchedulerMixin:
-    """cfg.sample.scheduler for the noise of the training scheduler, checked for cfg.sample.num_inference_steps."""
-    check_objective(cfg)
-    explicit = cfg.objective.clip_sample
-    clip = isinstance(space, PixelSpace) if explicit is None else explicit
-    if explicit and cfg.sample.scheduler not in ("ddpm", "ddim"):
-        raise ConfigError(
-            f"objective.clip_sample true needs sample.scheduler ddpm or ddim, {cfg.sample.scheduler} does not clip: "
-            "change one of them"
-        )
-    scheduler = with_scheduler(training, cfg.sample.scheduler, clip_sample=clip)
-    check_steps(scheduler, cfg.sample.num_inference_steps)
-    return scheduler
-
-
-def check_objective(cfg: TrainConfig) -> None:
-    """Raises ConfigError for an objective that no sampler here samples as it was trained."""
-    objective, sample = cfg.objective, cfg.sample
-    if objective.kind != "ddpm":
-        raise ConfigError(f"objective.kind {objective.kind} cannot be sampled yet: use ddpm")
-    if objective.respacing is not None:
-        raise ConfigError(
-            "objective.respacing trains few timesteps, and no sample.scheduler visits exactly these: remove it"
-        )
-    if objective.rescale_timesteps and objective.num_train_timesteps != 1000:
-        raise ConfigError(
-            "objective.rescale_timesteps gives the network t * 1000 / num_train_timesteps, but the samplers give it t: "
-            "remove it, or use num_train_timesteps 1000"
-        )
-    variance, total = objective.variance.kind, objective.num_train_timesteps
-    if variance == "learned_range" and sample.scheduler != "ddpm":
-        raise ConfigError(f"objective.variance.kind learned_range needs sample.scheduler ddpm, got {sample.scheduler}")
-    if variance == "learned_range" and sample.guidance_scale not in (0.0, 1.0):
-        raise ConfigError("sample.guidance_scale must be 1 with objective.variance.kind learned_range, "
-                          f"got {sample.guidance_scale}: the variance cannot be guided")  # fmt: skip
-    if variance != "fixed_small" and sample.scheduler == "ddpm" and sample.num_inference_steps != total:
-        # The last of fewer steps does not end at timestep 0, and DDPMScheduler then adds noise to the image.
-        raise ConfigError(
-            f"sample.scheduler ddpm with objective.variance.kind {variance} needs all {total} steps, got "
-            f"sample.num_inference_steps {sample.num_inference_steps}"
-        )
-
-
-def with_scheduler(training: SchedulerMixin, name: str, *, clip_sample: bool) -> SchedulerMixin:
-    """The scheduler `name` of SCHEDULERS with the noise, prediction type and zero-SNR setting of `training`.
-
-    Trailing timesteps: sampling starts at the last level that was trained, as its initial pure noise demands (Lin et
-    al. 2023, section 3.3). steps_offset is 1 because StableDiffusionPipeline rewrites any other; it is not used.
-    """
-    cls, arguments = SCHEDULERS[name]
-    if name == "euler_ancestral" and training.config.prediction_type == "sample":
-        raise ConfigError("sample.scheduler euler_ancestral cannot sample prediction_type sample: use another one")
-    if "clip_sample" in inspect.signature(cls).parameters:
-        arguments = arguments | {"clip_sample": clip_sample}
-    return cls.from_config(training.config, timestep_spacing="trailing", steps_offset=1, **arguments)
-
-
-def check_steps(scheduler: SchedulerMixin, steps: int) -> None:
-    """Raises ConfigError if the scheduler would take other steps than the `steps` asked for."""
-    total = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= total:
-        raise ConfigError(f"num_inference_steps must lie in 1..{total} (num_train_timesteps), got {steps}")
-    if isinstance(scheduler, DDIMScheduler) and scheduler.config.timestep_spacing != "leading" and total % steps:
-        # It steps to t - total // steps whatever the next timestep is.
-        below = max(n for n in range(1, steps) if total % n == 0)
-        above = min(n for n in range(steps, total + 1) if total % n == 0)
-        raise ConfigError(
-            f"ddim needs a num_inference_steps that divides num_train_timesteps {total}, got {steps}: "
-            f"use {below} or {above}, or another scheduler"
-        )
-    probe = type(scheduler).from_config(scheduler.config)
-    probe.set_timesteps(steps)
-    if not 0 <= float(probe.timesteps.min()) <= float(probe.timesteps.max()) <= total - 1:
-        # "trailing" rounds to one timestep more, -1, for some numbers; "leading" with an offset runs over the end.
-        raise ConfigError(
-            f"num_inference_steps {steps} gives {type(scheduler).__name__} a timestep outside 0..{total - 1}: "
-            f"use {steps - 1}, or another number"
-        )
-    if isinstance(probe, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler) and (probe.sigmas.diff() > 0).any():
-        # With zero terminal SNR diffusers caps the first sigma at 4096, and the second may exceed it: noise or NaN.
-        raise ConfigError(
-            f"num_inference_steps {steps} is too many for {type(scheduler).__name__} with zero terminal SNR, its noise "
-            f"levels would not fall: use {max(1, total // 4)} or fewer, or another scheduler"
-        )
+def with_sampler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
+    """The same pipeline with the sampler `name`. Raises ConfigError for one that does not fit its noise."""
+    pixel = pipeline.components.get("vae") is None
+    clip = pipeline.scheduler.config.get("clip_sample", pixel)
+    scheduler, solver = with_scheduler(pipeline.scheduler, name, clip_sample=clip), ODE_SCHEDULERS.get(name, "euler")
+    unconditional = isinstance(pipeline, DDPMPipeline | DDIMPipeline) or pipeline.config.get("conditioning") == "none"
+    if unconditional and pixel:
+        if name in ("ddpm", "ddim"):
+            return {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}[name](pipeline.unet, scheduler)
+        return UNetPipeline(pipeline.unet, scheduler, solver=solver)
+    pipeline.register_modules(scheduler=scheduler)
+    if isinstance(pipeline, UNetPipeline):
+        pipeline.register_to_config(solver=solver)
+    return pipeline
 
 
 def check_stable_diffusion_guidance(scale: float) -> None:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from finetune.config import TrainConfig
 
-SCHEDULER_NAMES = ("ddpm", "ddim", "dpmsolver++", "unipc", "euler", "euler_ancestral")
+SCHEDULER_NAMES = (
+    "ddpm", "ddim", "dpmsolver++", "unipc", "euler", "euler_ancestral",
+    "edm_euler", "edm_heun", "flow_euler", "flow_heun",
+)  # fmt: skip
 DEFAULT_IMAGES = 16  # of an unconditional or class-conditional pipeline
 BATCH_PIXELS = 1 << 19  # drawn at a time by default: 16 images of 128 pixels, 2 of 512
 GRID_SIDE = 96  # smaller images are enlarged in grids, so that labels fit under them
@@ -114,7 +117,8 @@ def batch_for(pipeline: DiffusionPipeline) -> int:
 
 def _options(pipeline: DiffusionPipeline, steps: int | None, guidance: float | None) -> dict[str, Any]:
     """The keyword arguments of the pipeline's call that do not differ between images."""
-    from finetune.pipelines import check_stable_diffusion_guidance, check_steps
+    from finetune.pipelines import check_stable_diffusion_guidance
+    from finetune.schedulers import check_steps
 
     name = type(pipeline).__name__
     options: dict[str, Any] = {}
@@ -260,20 +264,6 @@ def _run_defaults(source: str) -> dict[str, Any]:
     return {}
 
 
-def _with_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
-    """The same pipeline with another sampler."""
-    from diffusers import DDIMPipeline, DDPMPipeline
-
-    from finetune.pipelines import UNetPipeline, with_scheduler
-
-    clip = pipeline.scheduler.config.get("clip_sample", pipeline.components.get("vae") is None)
-    scheduler = with_scheduler(pipeline.scheduler, name, clip_sample=clip)
-    if conditioning_of(pipeline) == "none" and pipeline.components.get("vae") is None:
-        return {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}.get(name, UNetPipeline)(pipeline.unet, scheduler)
-    pipeline.register_modules(scheduler=scheduler)
-    return pipeline
-
-
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "finetune sample", description="Draw images from a finished run, a pipeline folder or a Hub repository."
@@ -329,7 +319,9 @@ def sample_main(argv: list[str] | None = None) -> None:
     pipeline = load_pipeline(source)
     defaults = {} if type(pipeline).__name__ == "UNetPipeline" else _run_defaults(source)
     if args.scheduler:
-        pipeline = _with_scheduler(pipeline, args.scheduler)
+        from finetune.pipelines import with_sampler
+
+        pipeline = with_sampler(pipeline, args.scheduler)
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     pipeline.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     given = {"prompts": args.prompt, "class_labels": _labels(pipeline, args.class_label)}
