@@ -23,7 +23,7 @@ LAYERS = [
     {"ema", "checkpoint", "optimization", "provenance", "pretrained", "folder", "images"},
     {"rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},
-    {"processes"},
+    {"processes", "identity"},
     {"space", "conditioning"},
     {"models"},
     {"pipelines"},
