@@ -23,7 +23,7 @@ LAYERS = [
     {"ema", "checkpoint", "optimization", "provenance", "pretrained", "folder", "images", "iddpm_unet"},
     {"rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},
-    {"processes"},
+    {"processes", "identity"},
     {"space", "conditioning"},
     {"models"},
     {"importers"},

@@ -4,8 +4,10 @@ import signal
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from finetune.config import Train
+from finetune.trainer import Trainer
 from forked import last_step, log, metrics, run, state
 from tiny import config
 
@@ -126,7 +128,7 @@ def test_other_settings_are_another_run(tmp_path):
     changed = config(tmp_path / "run", seed=5, model={"dropout": 0.2})
     assert run(changed) == [1]
     assert "belongs to another run" in log(cfg)
-    assert "seed: 0 -> 5" in log(cfg)
+    assert "  model.dropout: 0.1 -> 0.2\n  seed: 0 -> 5\n" in log(cfg)
     shorter = config(tmp_path / "run", train={"max_train_steps": 1, "global_batch_size": 8})
     assert run(shorter) == [1]
     assert "is past the end of the run, which has 1 steps: raise train.max_train_steps" in log(cfg)
@@ -147,3 +149,54 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
 
     assert run(cfg, body=twice) == [2]
     assert "is in use by another run" in log(cfg)
+
+
+def test_moments_keep_the_memory_format_of_their_weights(tmp_path):
+    """A fused step walks raw memory: moments restored in another layout than their weight's would be mixed up."""
+    train = {"max_train_steps": 6, "global_batch_size": 8, "channels_last": True}
+    straight, stopped = config(tmp_path / "straight", train=train), config(tmp_path / "stopped", train=train)
+    assert run(straight) == [0], log(straight)
+    assert run(stopped, stop=(3, signal.SIGKILL)) == [-signal.SIGKILL]
+    assert run(stopped) == [0], log(stopped)
+    assert state(stopped, 6) == state(straight, 6)
+
+
+def test_going_back_is_never_mixed_with_what_came_after(tmp_path):
+    cfg = config(tmp_path / "run", train={"max_train_steps": 4, "global_batch_size": 8})
+    assert run(cfg) == [0], log(cfg)
+    older = tmp_path / "run" / "checkpoints" / "step-00000002"
+    back = config(tmp_path / "run", resume_from_checkpoint=str(older))
+    assert run(back) == [1]
+    assert "holds a newer step 4" in log(cfg)
+    other = config(tmp_path / "other", resume_from_checkpoint=str(older), train={"max_train_steps": 4})
+    assert run(other) == [0], log(other)
+    assert state(other, 4) == state(cfg, 4)
+
+
+def test_signal_during_the_last_samples_is_heeded(tmp_path):
+    slow = {"num_images": 16, "num_inference_steps": 1000}
+    cfg = config(tmp_path / "run", train={"max_train_steps": 2, "global_batch_size": 8}, sample=slow)
+    assert run(cfg, stop=(2, signal.SIGTERM)) == [75], log(cfg)
+    assert "saved at step 2" in log(cfg)
+
+
+def test_loader_process_that_fails_ends_the_run(tmp_path):
+    """With the error's own exit code, at once, although loader processes ignore a first SIGTERM."""
+    folder = write_images(tmp_path / "images")
+    data = {"dataset_name": None, "train_data_dir": str(folder), "dataloader_num_workers": 1, "max_train_samples": None}
+    cfg = config(tmp_path / "run", data=data, conditioning={"kind": "none"}, train={"max_train_steps": 3000})
+
+    def spoiled(cfg):
+        trainer = Trainer(cfg)
+        for file in folder.glob("*.png"):
+            file.unlink()
+        trainer.fit()
+
+    assert run(cfg, body=spoiled, seconds=60) == [4], log(cfg)
+
+
+def write_images(folder):
+    folder.mkdir()
+    for i in range(10):
+        Image.new("RGB", (8, 8), (25 * i, 0, 0)).save(folder / f"{i}.png")
+    return folder

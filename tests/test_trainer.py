@@ -149,3 +149,9 @@ def test_gradient_clipping_bounds_the_update(tmp_path):
 
     assert largest(cfg) < 1e-7 < largest(free)
     assert all(line["grad_norm"] > 1e-3 for line in metrics(cfg))  # logged before clipping
+
+
+def test_fp16_without_a_gpu_is_refused_not_ignored(tmp_path):
+    cfg = config(tmp_path / "run", train={"mixed_precision": "fp16"})
+    assert run(cfg) == [2]
+    assert "fp16 needs a GPU, and there is none here: use bf16 or no" in log(cfg)

@@ -193,7 +193,8 @@ def _data_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
         rows["classes"] = f"{len(classes)}: {shown}" + (", …" if len(classes) > _MOST_NAMES else "")
     if captions := facts.get("captions"):
         rows["captions"] = f"{captions['count']:,}, {captions['different']:,} different, {captions['empty']:,} empty"
-    crop, flip = "centre crop" if cfg.data.center_crop else "random crop", ", random flip" * cfg.data.random_flip
+    centred = cfg.data.center_crop or cfg.data.preparation == "iddpm"
+    crop, flip = "centre crop" if centred else "random crop", ", random flip" * cfg.data.random_flip
     rows["prepared as"] = f"{cfg.data.resolution}×{cfg.data.resolution}, {crop}{flip}"
     if "data_fingerprint" in run:
         rows["fingerprint"] = code(run["data_fingerprint"])

@@ -119,6 +119,12 @@ def latest(root: Path) -> Checkpoint | None:
     return None
 
 
+def newest_step(root: Path) -> int | None:
+    """The step of the newest checkpoint under `root`, whole or not; None if there is none."""
+    steps = _steps(root)
+    return int(steps[-1].name.removeprefix("step-")) if steps else None
+
+
 def load(path: Path) -> Checkpoint:
     """The checkpoint at `path`. Raises CheckpointError if it is not one or is not whole; nothing else is tried."""
     if not path.is_dir():
@@ -141,9 +147,13 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[torch.nn.Parameter, str]
 ) -> None:
     """Inverse of `optimizer_tensors`; hyperparameters stay those of `optimizer`."""
+    parameters = {name: parameter for parameter, name in names.items()}
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, state = key.rpartition("/")
+        like = parameters[name]
+        if tensor.shape == like.shape:  # the fused kernels walk raw memory: moments need the parameter's memory format
+            tensor = torch.empty_like(like, dtype=tensor.dtype, device="cpu").copy_(tensor)
         by_name.setdefault(name, {})[state] = tensor
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {index: by_name[names[p]] for index, p in enumerate(order) if names[p] in by_name}

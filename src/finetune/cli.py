@@ -44,6 +44,9 @@ def guarded(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
 
     What is logged or raised is shown without the token of the Hub, which libraries may quote.
     """
+    if sys.platform == "win32":
+        print("finetune runs on Linux and macOS; on Windows, use it inside WSL", file=sys.stderr)
+        return 2
     _log_to_screen(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         return command(argv) or 0

@@ -146,6 +146,8 @@ class Optimizer:
                 f"lr_scheduler constant has no warm-up, got lr_warmup_steps {self.lr_warmup_steps}: "
                 "use constant_with_warmup, or set lr_warmup_steps to 0"
             )
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
+            raise ValueError(f"lr_scheduler polynomial ends at 1e-7: raise learning_rate {self.learning_rate}")
         if self.lr_num_cycles is not None and self.lr_scheduler != "cosine_with_restarts":
             raise ValueError("lr_num_cycles needs lr_scheduler cosine_with_restarts")
         if self.lr_power is not None and self.lr_scheduler != "polynomial":

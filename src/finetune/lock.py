@@ -16,8 +16,11 @@ def hold(output_dir: Path) -> IO[str]:
 
     Raises ConfigError that names the process which holds it.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file = (output_dir / ".lock").open("a+")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = (output_dir / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(f"output_dir {output_dir} cannot be written: {error.strerror}; choose another") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -24,7 +24,6 @@ class Meter:
     def __init__(self, accelerator: Accelerator, objective: Objective) -> None:
         self._accelerator, self._objective = accelerator, objective
         self._step: list[dict[str, Tensor]] = []
-        self._interval: list[dict[str, Tensor]] = []
         self._grad_norm = math.nan
         self._restart()
 
@@ -42,7 +41,9 @@ class Meter:
 
     def commit(self, grad_norm: float) -> None:
         """The step was taken: it counts."""
-        self._interval += self._step
+        for sums in self._step:
+            for name, value in sums.items():
+                self._interval[name] = self._interval.get(name, 0) + value
         self._step = []
         self._grad_norm = grad_norm
 
@@ -65,9 +66,9 @@ class Meter:
     def read(self) -> dict[str, float | None]:
         """Means over all processes since the last call: loss, each term, loss_q0..3 (by quarter of the noise levels,
         least noise first; None where no sample fell), grad_norm, images_per_second, data_wait (share of the time)."""
-        names = list(self._interval[0])
-        sums = torch.stack([torch.stack([step[name].float() for name in names]).double() for step in self._interval])
-        total = dict(zip(names, self._accelerator.reduce(sums.sum(0), "sum").tolist(), strict=True))
+        names = list(self._interval)
+        sums = torch.stack([self._interval[name].float() for name in names])
+        total = dict(zip(names, self._accelerator.reduce(sums, "sum").tolist(), strict=True))
         elapsed = time.perf_counter() - self._start
         means = {name: total[name] / total["count"] for name in names if not name.startswith(("count", "loss_q"))}
         for q in range(4):
@@ -77,5 +78,5 @@ class Meter:
         return means | {"grad_norm": self._grad_norm} | speed
 
     def _restart(self) -> None:
-        self._interval = []
+        self._interval: dict[str, Tensor] = {}
         self._start, self._waited = time.perf_counter(), 0.0

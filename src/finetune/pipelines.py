@@ -230,7 +230,8 @@ def build_pipeline(
     ConfigError if cfg.sample asks for what the sampler cannot do.
     """
     sampler = sampling_scheduler(scheduler, cfg, space)
-    if isinstance(unet, UNet2DModel) and isinstance(space, PixelSpace) and conditioner.kind == "none":
+    stock = isinstance(unet, UNet2DModel) and "num_attention_heads" not in unet.config  # which diffusers ignores
+    if stock and isinstance(space, PixelSpace) and conditioner.kind == "none":
         # They neither scale the model's input nor the first noise, so they are right for these two schedulers alone.
         if cfg.sample.scheduler == "ddpm":
             return DDPMPipeline(unet, sampler)

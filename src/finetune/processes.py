@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import InitProcessGroupKwargs
 
 from finetune import tracking
 from finetune.config import TrainConfig
@@ -18,12 +20,16 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
         accelerator = Accelerator(
             # Or torchrun and notebook_launcher without a GPU start separate runs of one process each.
             cpu=not torch.accelerator.is_available(),
+            # The main process alone checks the data and draws grids; torch gives up waiting for it after 10 minutes.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
             mixed_precision=cfg.train.mixed_precision,
             log_with=tracking.trackers(cfg.tracking) or None,
             project_dir=Path(cfg.output_dir) / "logs",
         )
-    except ValueError as error:  # such as fp16 on a CPU, or a second precision in one Python process
+    except ValueError as error:  # such as a second precision in one Python process
         raise ConfigError(f"train.mixed_precision {cfg.train.mixed_precision}: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("train.mixed_precision: fp16 needs a GPU, and there is none here: use bf16 or no")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ConfigError(
             f"{accelerator.distributed_type.value}: only data-parallel training (DDP) is supported so far; launch with "

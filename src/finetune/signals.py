@@ -35,10 +35,13 @@ class StopSignals:
         self.received = number
 
 
-def preempted(number: int, step: int) -> Preempted:
-    """The exception that ends a run stopped by signal `number` after its checkpoint at `step` was saved."""
+def preempted(number: int, step: int, *, how: str) -> Preempted:
+    """The exception that ends a run stopped by signal `number` after its checkpoint at `step` was saved.
+
+    how: the command that goes on, in words.
+    """
     return Preempted(
-        f"{signal.Signals(number).name}: saved at step {step}; the same command resumes here.",
+        f"{signal.Signals(number).name}: saved at step {step}; {how} resumes here.",
         exit_code=_EXIT_CODES[signal.Signals(number)],
     )
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from finetune.config_io import dump
 from finetune.config_launch import batch_plan
 from finetune.data import open_data
 from finetune.ema import Ema
-from finetune.errors import CheckpointError, NonFiniteError
+from finetune.errors import NonFiniteError
+from finetune.identity import checkpoint_to_resume, identity
 from finetune.meter import Meter
 from finetune.models import bind, build_unet
 from finetune.objective import LossTerms, Objective, build_objective
@@ -37,6 +38,7 @@ from finetune.space import build_space
 if TYPE_CHECKING:
     from datasets import Dataset
     from diffusers import DiffusionPipeline
+    from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +109,12 @@ class Trainer:
         self.pipeline()  # refuses now what could not be sampled at the end
         self.write_run_files()
         meter = Meter(self.accelerator, self.objective)
-        with StopSignals() as signals, self._progress() as bar, contextlib.closing(tracker):
-            batches = meter.waiting(self._micro_batches())
+        how = "the same command" + " without resume_from_checkpoint" * (cfg.resume_from_checkpoint != "latest")
+        with StopSignals() as signals, self._progress() as bar, contextlib.closing(tracker), ExitStack() as closing:
+            loader = iter(self._loader())
+            # Loader processes that are left to the interpreter's end keep it waiting after an error in one of them.
+            closing.callback(getattr(loader, "_shutdown_workers", lambda: None))
+            batches = meter.waiting(loader)
             if self.step == self.steps:  # stopped between the last checkpoint and its samples
                 self.sample()
             while self.step < self.steps:
@@ -118,11 +124,13 @@ class Trainer:
                     tracker.log(self._log_line(meter, bar), step=self.step)
                 if number := over_processes(self.accelerator, signals.received):
                     self.save(required=True)
-                    raise preempted(number, self.step)
+                    raise preempted(number, self.step, how=how)
                 if taken and due(self.step, cfg.checkpoint.checkpointing_steps, self.steps):
                     self.save(required=self.step == self.steps)
                 if taken and due(self.step, cfg.sample.sample_every, self.steps):
                     self.sample()
+            if number := over_processes(self.accelerator, signals.received):  # while the last samples were drawn
+                raise preempted(number, self.step, how=how)
 
     def train_step(self, batches: Iterator[Batch], meter: Meter) -> bool:
         """One optimizer step over a global batch. Returns whether it was taken; if not, only counters changed."""
@@ -168,9 +176,9 @@ class Trainer:
         return self.objective.loss(bind(self.network, condition), x0, random)
 
     def _skipped(self, meter: Meter, rows: list[int], grad_norm: float) -> None:
-        """Count a step that was not taken. With fp16, a finite loss whose gradient overflowed is routine."""
+        """Count a step that was not taken. With fp16, an overflow is routine until the loss scale is down to 1."""
         loss_was_finite = not over_processes(self.accelerator, not meter.discard())
-        if loss_was_finite and self.accelerator.scaler:
+        if loss_was_finite and self.accelerator.scaler and self.accelerator.scaler.get_scale() >= 1:
             return
         self.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
@@ -234,33 +242,14 @@ class Trainer:
         }
 
     def _identity(self) -> dict[str, Any]:
-        """What a run must keep from its first to its last step: another value would be another run."""
-        sections = json.loads(json.dumps(dataclasses.asdict(self.cfg)))
-        kept = {name: sections[name] for name in ("seed", "space", "conditioning", "model", "objective", "ema")}
-        views = ("resolution", "channels", "preparation", "center_crop", "random_flip", "image_interpolation_mode", "background")
-        kept |= {f"data.{name}": sections["data"][name] for name in views}
-        return kept | {"global_batch_size": self.global_batch, "data": self.data.fingerprint}
+        return identity(self.cfg, global_batch=self.global_batch, fingerprint=self.data.fingerprint)
 
     def _resume(self) -> None:
         """Take over the checkpoint that cfg.resume_from_checkpoint means, if there is one."""
-        where = self.cfg.resume_from_checkpoint
         with self.accelerator.main_process_first():  # a broken one is renamed by the first that sees it
-            root = self.output_dir / "checkpoints"
-            found = checkpoint.latest(root) if where == "latest" else checkpoint.load(Path(where))
+            found = checkpoint_to_resume(self.cfg, now=self._identity(), steps=self.steps)
         if found is None:
             return
-        saved, now = found.state["identity"], self._identity()
-        if changed := [name for name in now if saved.get(name) != now[name]]:
-            lines = [f"  {name}: {saved.get(name)} -> {now[name]}" for name in changed]
-            raise CheckpointError(
-                f"{found.path} belongs to another run; it was saved with other settings:\n" + "\n".join(lines) +
-                "\nSet them back, or choose another output_dir for the new run."
-            )
-        if found.step > self.steps:
-            raise CheckpointError(
-                f"{found.path} is past the end of the run, which has {self.steps} steps: raise train.max_train_steps "
-                "(or num_train_epochs), or choose another output_dir"
-            )
         self.unet.load_state_dict(found.tensors("model"))
         checkpoint.load_optimizer(self.optimizer.optimizer, found.tensors("optimizer"), self.names)
         if self.objective.state_dict():
@@ -286,9 +275,11 @@ class Trainer:
     def averaged_weights(self) -> Iterator[None]:
         """Inside, the UNet is in evaluation mode and holds the first average, if averages are kept."""
         self.unet.eval()
-        with self.ema.swapped_in() if self.ema else contextlib.nullcontext():
-            yield
-        self.unet.train()
+        try:
+            with self.ema.swapped_in() if self.ema else contextlib.nullcontext():
+                yield
+        finally:
+            self.unet.train()
 
     @torch.no_grad()
     def sample(self) -> None:
@@ -313,8 +304,8 @@ class Trainer:
 
     # -- small parts ---------------------------------------------------------------------------------------------------
 
-    def _micro_batches(self) -> Iterator[Batch]:
-        loader = make_loader(
+    def _loader(self) -> DataLoader:
+        return make_loader(
             self.data,
             self.cfg,
             start=self.batches,
@@ -324,7 +315,6 @@ class Trainer:
             micro_batch=self.micro_batch,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        return iter(loader)
 
     def _progress(self) -> tqdm:
         hidden = not self.accelerator.is_local_main_process
