@@ -325,7 +325,6 @@ def sample_main(argv: list[str] | None = None) -> None:
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     pipeline.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     given = {"prompts": args.prompt, "class_labels": _labels(pipeline, args.class_label)}
-    args.out.mkdir(parents=True, exist_ok=True)
     n = args.num_images or len(args.prompt) or len(args.class_label) or DEFAULT_IMAGES
     images = generate(
         pipeline,
@@ -336,6 +335,7 @@ def sample_main(argv: list[str] | None = None) -> None:
         batch_size=args.batch_size,
         **given,
     )
+    args.out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(args.out / f"{i:04d}.png")
     grid(images, captions_of(pipeline, wanted_conditions(pipeline, n, **given))).save(args.out / "grid.png")
