@@ -113,7 +113,7 @@ def test_help_and_mistakes_need_no_torch(finished, tmp_path):
     cases = {
         (): (0, "usage: finetune COMMAND [options]"),
         ("--help",): (0, "accelerate launch train_unet.py --config FILE"),
-        ("trian",): (2, "finetune: there is no command 'trian'; choose from train, sample, push, config"),
+        ("trian",): (2, "finetune: there is no command 'trian'; choose from train, sample, push, import, config"),
         ("train", "--help"): (0, "--optimizer.learning_rate"),
         ("train",): (2, "no data: give --dataset_name (a Hub id or a local path)"),
         ("train", "--config", nothing): (2, f"--config: cannot read {nothing}: No such file or directory"),
