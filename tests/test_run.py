@@ -31,22 +31,10 @@ from finetune.space import PixelSpace
 from finetune.trainer import Trainer
 from forked import last_step, log, metrics, run, state
 from tiny import ROOT, config
+from tiny_models import CONDITION, CROSS
 
 STEPS = 2
 PROMPTS = ["a handwritten seven", "a handwritten zero"]
-CONDITION = {
-    "kind": "unet2d_condition",
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "mid_block_type": "UNetMidBlock2D",
-    "attention_head_dim": 2,
-}
-CROSS = {
-    **CONDITION,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-}
 SPACES, CONDITIONINGS, MODELS = ("pixel", "latent"), ("none", "class_label", "pooled_text", "text"), ("2d", "condition")
 COMBINATIONS = [(s, c, m) for s in SPACES for c in CONDITIONINGS for m in MODELS if (c, m) != ("text", "2d")]
 STOCK = {("pixel", "none", "2d"): "DDPMPipeline", ("latent", "text", "condition"): "StableDiffusionPipeline"}

@@ -73,10 +73,7 @@ def save(root: Path, *, parts: Mapping[str, Mapping[str, Tensor]], state: Mappin
         files = {file.name: [file.stat().st_size, _crc(file)] for file in sorted(temporary.iterdir())}
         body = {"format": FORMAT, "step": state["step"], "files": files}
         (temporary / "manifest.json").write_text(json.dumps({**body, "checksum": _checksum(body)}, indent=1))
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
-            _fsync(file)
-        _fsync(temporary)
+        to_disk(temporary)
         temporary.rename(target)  # the commit
         _fsync(root)
     except BaseException:
@@ -132,6 +129,16 @@ def load(path: Path) -> Checkpoint:
     if problem := _problem(path):
         raise CheckpointError(f"resume_from_checkpoint: {path} is not a whole checkpoint: {problem}")
     return _open(path)
+
+
+def to_disk(folder: Path) -> None:
+    """Flush everything in `folder`, and it, to the disk; files get the modes that the umask says."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
+        _fsync(path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, Tensor]:
@@ -221,9 +228,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value

@@ -20,6 +20,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from finetune.card import draw_loss, model_card, read_metrics
+from finetune.checkpoint import to_disk
 from finetune.config import TrainConfig
 from finetune.config_io import dump
 from finetune.errors import FinetuneError, NonFiniteError
@@ -52,7 +53,7 @@ def export(
     try:
         _write(pipeline, temporary, cfg=cfg, run=run, samples=samples, metrics=metrics, repo_id=repo_id)
         verify(pipeline, temporary, same_kernels=_same_kernels(pipeline, cfg))
-        _to_disk(temporary)
+        to_disk(temporary)
         _replace(target, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -218,19 +219,6 @@ def _demand(condition: bool, difference: str) -> None:
             f"the exported pipeline does not load as the model that was trained: {difference}. It is not kept; the "
             "checkpoint is. Check the disk, and the versions of diffusers and transformers."
         )
-
-
-def _to_disk(folder: Path) -> None:
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in itertools.chain(folder.rglob("*"), [folder]):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _replace(target: Path, new: Path) -> None:

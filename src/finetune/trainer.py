@@ -297,7 +297,6 @@ class Trainer:
     def write_run_files(self) -> None:
         """config.yaml, as resolved, and run.json, what a reader needs to judge and repeat the run."""
         if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             (self.output_dir / "config.yaml").write_text(dump(self.cfg), "utf-8")
             facts = run_facts(self.cfg) | {"data": self.data.facts, "data_fingerprint": self.data.fingerprint}
             (self.output_dir / "run.json").write_text(json.dumps(facts, indent=1))
