@@ -113,7 +113,7 @@ def test_help_and_mistakes_need_no_torch(finished, tmp_path):
     cases = {
         (): (0, "usage: finetune COMMAND [options]"),
         ("--help",): (0, "accelerate launch train_unet.py --config FILE"),
-        ("trian",): (2, "finetune: there is no command 'trian'; choose from train, sample, push, import, config"),
+        ("trian",): (2, "finetune: there is no command 'trian'; choose from train, sample,"),
         ("train", "--help"): (0, "--optimizer.learning_rate"),
         ("train",): (2, "no data: give --dataset_name (a Hub id or a local path)"),
         ("train", "--config", nothing): (2, f"--config: cannot read {nothing}: No such file or directory"),
@@ -130,6 +130,9 @@ def test_help_and_mistakes_need_no_torch(finished, tmp_path):
         ("push", nothing): (2, f"{nothing} is no run (a folder with config.yaml): give the output_dir"),
         ("push", str(finished / "pipeline")): (2, "is no run"),
         ("push", str(tmp_path / "unfinished")): (2, "is not finished: its training command, given again, goes on"),
+        ("ema", "--help"): (0, "--relative_width"),
+        ("ema", nothing, "--relative_width", "0.1", "--out", out): (2, f"{nothing} is no run"),
+        ("ema", str(finished), "--relative_width", "0.1", "--out", out): (2, "kept no snapshots: train with ema."),
         ("config", "--help"): (0, "--optimizer.learning_rate"),
         ("config", "--config", recipe, "--seed", "-1"): (2, "seed"),
     }  # fmt: skip

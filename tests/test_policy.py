@@ -20,7 +20,8 @@ LAYERS = [
     {"config"},
     {"config_tree", "config_yaml", "config_flags", "config_words", "config_options", "config_launch", "config_io"},
     {"objective"},
-    {"ema", "checkpoint", "optimization", "provenance", "pretrained", "folder", "images", "iddpm_unet"},
+    {"checkpoint", "optimization", "provenance", "pretrained", "folder", "images", "iddpm_unet"},
+    {"ema"},
     {"rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},
     {"processes", "identity"},
@@ -32,7 +33,7 @@ LAYERS = [
     {"sample"},
     {"card"},
     {"export"},
-    {"trainer", "plan"},
+    {"trainer", "plan", "posthoc"},
     {"run"},
     {"cli"},
 ]

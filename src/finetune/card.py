@@ -218,7 +218,7 @@ def _training_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
         "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g}, betas {optimizer.adam_beta1:g} and "
         f"{optimizer.adam_beta2:g}, weight decay {optimizer.adam_weight_decay:g}",
         "schedule": f"{optimizer.lr_scheduler}, {optimizer.lr_warmup_steps} steps of warm-up",
-        "weights": f"average with decay {cfg.ema.ema_max_decay[0]:g}" if cfg.ema.use_ema else "of the last step",
+        "weights": f"average with {cfg.ema.averages[0]}" if cfg.ema.use_ema else "of the last step",
         "precision": cfg.train.mixed_precision if cfg.train.mixed_precision in ("fp16", "bf16") else "float32",
         "seed": str(cfg.seed),
     }

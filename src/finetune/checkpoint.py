@@ -88,7 +88,7 @@ def save(root: Path, *, parts: Mapping[str, Mapping[str, Tensor]], state: Mappin
 
 def tidy(root: Path, *, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and whatever an interrupted save or deletion left behind."""
-    for stale in [*_steps(root)[:-keep], *root.glob(".tmp-*"), *root.glob("*.trash")]:
+    for stale in [*folders(root)[:-keep], *root.glob(".tmp-*"), *root.glob("*.trash")]:
         # Renamed first: a deletion that is cut short must not look like a checkpoint.
         trash = stale if stale.suffix == ".trash" else stale.rename(stale.with_name(stale.name + ".trash"))
         shutil.rmtree(trash)
@@ -100,7 +100,7 @@ def latest(root: Path) -> Checkpoint | None:
     Raises CheckpointError if checkpoints stand there but none is whole: a fresh start must not pass for a resume.
     """
     problems = []
-    for path in reversed(_steps(root)):
+    for path in reversed(folders(root)):
         problem = _problem(path)
         if problem is None:
             return _open(path)
@@ -118,16 +118,19 @@ def latest(root: Path) -> Checkpoint | None:
 
 def newest_step(root: Path) -> int | None:
     """The step of the newest checkpoint under `root`, whole or not; None if there is none."""
-    steps = _steps(root)
+    steps = folders(root)
     return int(steps[-1].name.removeprefix("step-")) if steps else None
 
 
-def load(path: Path) -> Checkpoint:
-    """The checkpoint at `path`. Raises CheckpointError if it is not one or is not whole; nothing else is tried."""
+def load(path: Path, *, what: str = "resume_from_checkpoint") -> Checkpoint:
+    """The checkpoint at `path`. Raises CheckpointError if it is not one or is not whole; nothing else is tried.
+
+    what: where the path was given, or what else it is, for the message.
+    """
     if not path.is_dir():
-        raise CheckpointError(f"resume_from_checkpoint: {path} is no folder; give one such as .../step-00001000")
+        raise CheckpointError(f"{what}: {path} is no folder; give one such as .../step-00001000")
     if problem := _problem(path):
-        raise CheckpointError(f"resume_from_checkpoint: {path} is not a whole checkpoint: {problem}")
+        raise CheckpointError(f"{what}: {path} is not a whole checkpoint: {problem}")
     return _open(path)
 
 
@@ -167,7 +170,7 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _steps(root: Path) -> list[Path]:
+def folders(root: Path) -> list[Path]:
     """Folders named like a checkpoint, oldest first; everything else is ignored."""
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name)] if root.is_dir() else []
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))

@@ -18,6 +18,7 @@ USAGE = """usage: finetune COMMAND [options]
 
   train     train the UNet of a recipe      finetune train --config configs/train/digits.yaml
   sample    draw images                     finetune sample runs/digits --prompt "a handwritten seven" --out pictures
+  ema       average of another width        finetune ema runs/digits --relative_width 0.075 --out models/wider
   push      publish a finished run          finetune push runs/digits
   import    convert another checkpoint      finetune import iddpm model500000.pt --out models/cifar10
   config    show settings or their schema   finetune config --config configs/train/digits.yaml --resolved
@@ -29,7 +30,8 @@ USAGE = """usage: finetune COMMAND [options]
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (see finetune.errors)."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {"train": train, "sample": _sample, "push": _push, "import": _import, "config": _config}
+    commands = {"train": train, "sample": _sample, "ema": _ema, "push": _push, "import": _import}
+    commands |= {"config": _config}
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -99,6 +101,12 @@ def _sample(argv: list[str]) -> None:
     from finetune.sample import sample_main
 
     sample_main(argv)
+
+
+def _ema(argv: list[str]) -> None:
+    from finetune.posthoc import ema_main
+
+    ema_main(argv)
 
 
 def _import(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from finetune.config_choices import Conditioning, Model, PixelSpace, Space, Unconditional, UNet2D
 from finetune.config_objective import DDPM, Objective
-from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Words, section
+from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
 
 
 @section
@@ -159,9 +159,9 @@ class Ema:
     """Exponential moving averages of the trained weights, in float32, stepped on real optimizer steps only."""
 
     use_ema: bool = False
-    """Keep averages; sampling and export use the first one."""
+    """Keep averages; sampling and export use the first one: of ema_max_decay, or of relative_widths without any."""
     ema_max_decay: tuple[Decay, ...] = (0.9999,)
-    """Decay of each average (0.9999 as in train_unconditional)."""
+    """Decay of each average (0.9999 as in train_unconditional); may be empty beside relative_widths."""
     ema_warmup: Literal["power", "ratio", "none"] = "power"
     """Decay of update n (from 1) until it reaches ema_max_decay: power: 1 - (1 + (n-1) / ema_inv_gamma) ** -ema_power
     (train_unconditional); ratio: (1 + n) / (10 + n) (generative-models); none: constant (improved-diffusion)."""
@@ -169,12 +169,32 @@ class Ema:
     """Inverse gamma of the warm-up."""
     ema_power: Positive = 0.75
     """Power of the warm-up (3/4 as in train_unconditional)."""
+    relative_widths: tuple[Width, ...] = ()
+    """Averages by power functions (Karras et al. 2024), each by its width as a share of the steps done so far, such as
+    0.05 and 0.1; at most 12**-0.5, which counts all steps alike."""
+    snapshot_every: Count | None = None
+    """Optimizer steps between snapshots of the relative_widths, also kept at the end, from which `finetune ema` makes
+    other widths after the training; unset: none. Each takes 4 bytes per parameter and width."""
 
     def __post_init__(self) -> None:
-        if not self.ema_max_decay:
-            raise ValueError("ema_max_decay needs at least one value")
+        if not self.averages:
+            raise ValueError("ema_max_decay needs at least one value, or set relative_widths")
         if len(set(self.ema_max_decay)) < len(self.ema_max_decay):
             raise ValueError(f"ema_max_decay names a decay twice: {list(self.ema_max_decay)}")
+        if len(set(self.relative_widths)) < len(self.relative_widths):
+            raise ValueError(f"relative_widths names a width twice: {list(self.relative_widths)}")
+        if self.relative_widths and not self.use_ema:
+            raise ValueError(f"relative_widths {list(self.relative_widths)} need use_ema true")
+        if self.snapshot_every and not self.relative_widths:
+            raise ValueError(
+                f"snapshot_every {self.snapshot_every} has nothing to keep: set relative_widths, such as [0.05, 0.1]"
+            )
+
+    @property
+    def averages(self) -> list[str]:
+        """The averages in words, the first being the one that is sampled and exported."""
+        decays = [f"decay {decay:g}" for decay in self.ema_max_decay]
+        return decays + [f"relative width {width:g}" for width in self.relative_widths]
 
 
 @section

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the trained weights.
+"""Moving averages of the trained weights: of constant decay, and of constant relative width (power functions).
 
 Own code instead of diffusers' EMAModel: that one reads the model's class back from its config, copies the weights to
 the host to sample with them, keeps bfloat16 averages that hardly move, and takes twice the time of `_foreach_lerp_`.
@@ -6,31 +6,46 @@ the host to sample with them, keeps bfloat16 averages that hardly move, and take
 
 from __future__ import annotations
 
+import logging
+import math
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finetune import checkpoint
 from finetune.config import Ema as EmaConfig
+
+log = logging.getLogger(__name__)
 
 
 class Ema:
-    """Averages of named parameters, one for each decay in `cfg.ema_max_decay`, float32 on the parameters' device."""
+    """Averages of named parameters, as `cfg` lists them, float32 on the parameters' device."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], cfg: EmaConfig) -> None:
         """Each average starts as a copy of the parameters."""
         self._parameters = dict(parameters)
         self._cfg = cfg
+        self._max_decays = {f"ema_{decay}": decay for decay in cfg.ema_max_decay}
+        self._gammas = {part_of(width): gamma_of(width) for width in cfg.relative_widths}
         self.updates = 0
-        self.averages: dict[float, dict[str, Tensor]] = {
-            decay: {name: p.detach().float().clone() for name, p in self._parameters.items()}
-            for decay in cfg.ema_max_decay
+        self.averages: dict[str, dict[str, Tensor]] = {
+            part: {name: p.detach().float().clone() for name, p in self._parameters.items()}
+            for part in (*self._max_decays, *self._gammas)
         }
+        """By the name of their part of a checkpoint: ema_0.9999 (decay), ema_width_0.05 (relative width)."""
 
-    def decay(self, max_decay: float) -> float:
-        """The decay of the next update: the warm-up's value, at most `max_decay`."""
+    def decay(self, part: str) -> float:
+        """The share that the average `part` keeps of itself in the next update, which is number n."""
         n = self.updates + 1
+        if part in self._gammas:
+            return (1 - 1 / n) ** (self._gammas[part] + 1)  # Karras et al. 2024, section 3.1; 0 for the first
+        max_decay = self._max_decays[part]
         if self._cfg.ema_warmup == "power":
             return min(max_decay, 1 - (1 + (n - 1) / self._cfg.ema_inv_gamma) ** -self._cfg.ema_power)
         if self._cfg.ema_warmup == "ratio":
@@ -41,8 +56,8 @@ class Ema:
     def step(self) -> None:
         """Move each average towards the parameters. Call after an optimizer step that really changed them."""
         parameters = [p.detach().float() for p in self._parameters.values()]
-        for max_decay, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), parameters, 1 - self.decay(max_decay))
+        for part, average in self.averages.items():
+            torch._foreach_lerp_(list(average.values()), parameters, 1 - self.decay(part))
         self.updates += 1
 
     @contextmanager
@@ -60,9 +75,46 @@ class Ema:
             parameter.data, average[name] = average[name], parameter.data
 
     @torch.no_grad()
-    def load(self, updates: int, averages: Mapping[float, Mapping[str, Tensor]]) -> None:
+    def load(self, updates: int, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over saved averages (CPU tensors) and their number of updates."""
         self.updates = updates
-        for max_decay, saved in averages.items():
-            for name, tensor in self.averages[max_decay].items():
+        for part, saved in averages.items():
+            for name, tensor in self.averages[part].items():
                 tensor.copy_(saved[name])
+
+    def snapshot(self, root: Path) -> None:
+        """Keep the power-function averages of this moment under `root`, as a checkpoint that is never rotated.
+
+        A disk that takes no more costs this snapshot, not the run: a later reconstruction says what it lacks.
+        """
+        parts = {part: self.averages[part] for part in self._gammas}
+        state = {"step": self.updates, "relative_widths": self._cfg.relative_widths}
+        try:
+            checkpoint.save(root, parts=parts, state=state, keep=sys.maxsize)
+        except OSError as error:
+            log.warning("no snapshot of the averages at step %d (%s); going on", self.updates, error)
+
+
+def drop_snapshots_after(root: Path, step: int) -> None:
+    """Delete the snapshots under `root` of steps that will be done again, as metrics.jsonl loses their lines."""
+    for path in checkpoint.folders(root):
+        if int(path.name.removeprefix("step-")) > step:
+            log.info("%s is of a step that is done again: it is written anew", path)
+            shutil.rmtree(path.rename(path.with_name(f"{path.name}.trash")))
+
+
+def part_of(relative_width: float) -> str:
+    """The name of a power-function average in checkpoints and snapshots."""
+    return f"ema_width_{relative_width}"
+
+
+def gamma_of(relative_width: float) -> float:
+    """The exponent of the power function tau^gamma whose relative width this is.
+
+    Relative width: the standard deviation of the profile on [0, 1], so of the steps that an average is made of, over
+    the number of steps; 0 < relative_width <= 12**-0.5, at which gamma is 0 and all steps count alike. Solves
+    (gamma + 1) = relative_width^2 (gamma + 2)^2 (gamma + 3) (Karras et al. 2024, section 3.1, appendix C).
+    """
+    assert 0 < relative_width <= math.sqrt(1 / 12), relative_width
+    inverse = relative_width**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())

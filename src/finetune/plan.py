@@ -134,18 +134,23 @@ def optimizer_line(cfg: TrainConfig) -> str:
 
 
 def averages_line(cfg: TrainConfig) -> str:
-    """The decays of the averages, or that there are none."""
+    """The averages, or that there are none."""
     if not cfg.ema.use_ema:
         return "none: samples and export use the last weights"
-    decays = ", ".join(f"{decay:g}" for decay in cfg.ema.ema_max_decay)
-    return f"decay {decays} ({cfg.ema.ema_warmup} warm-up); samples and export use the first"
+    ema, parts = cfg.ema, []
+    if ema.ema_max_decay:
+        parts.append(f"decay {', '.join(f'{d:g}' for d in ema.ema_max_decay)} ({ema.ema_warmup} warm-up)")
+    if ema.relative_widths:
+        every = f" (kept every {ema.snapshot_every:,} steps)" if ema.snapshot_every else ""
+        parts.append(f"relative width {', '.join(f'{w:g}' for w in ema.relative_widths)}{every}")
+    return f"{', '.join(parts)}; samples and export use the first"
 
 
 def checkpoints_line(unet: nn.Module, cfg: TrainConfig) -> str:
     """How often, how many, and the space on the disk they will take: weights, two moments of AdamW, averages."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in unet.state_dict().values())
     trained = 4 * sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    averages = len(cfg.ema.ema_max_decay) if cfg.ema.use_ema else 0
+    averages = len(cfg.ema.averages) if cfg.ema.use_ema else 0
     size = (weights + (2 + averages) * trained) / 1e6
     kept = cfg.checkpoint.checkpoints_total_limit
     # One more than are kept: the oldest goes only when the newest is whole.

@@ -21,7 +21,7 @@ from finetune.config import TrainConfig
 from finetune.config_io import dump
 from finetune.config_launch import batch_plan
 from finetune.data import open_data
-from finetune.ema import Ema
+from finetune.ema import Ema, drop_snapshots_after
 from finetune.errors import NonFiniteError
 from finetune.identity import checkpoint_to_resume, identity
 from finetune.meter import Meter
@@ -108,6 +108,8 @@ class Trainer:
         cfg, tracker = self.cfg, tracking.Tracker(self.accelerator, self.cfg, resumed_step=self.step)
         self.pipeline()  # refuses now what could not be sampled at the end
         self.write_run_files()
+        if self.accelerator.is_main_process:
+            drop_snapshots_after(self.output_dir / "ema_snapshots", self.step)
         meter = Meter(self.accelerator, self.objective)
         how = "the same command" + " without resume_from_checkpoint" * (cfg.resume_from_checkpoint != "latest")
         with StopSignals() as signals, self._progress() as bar, contextlib.closing(tracker), ExitStack() as closing:
@@ -125,6 +127,8 @@ class Trainer:
                 if number := over_processes(self.accelerator, signals.received):
                     self.save(required=True)
                     raise preempted(number, self.step, how=how)
+                if taken and cfg.ema.snapshot_every and due(self.step, cfg.ema.snapshot_every, self.steps):
+                    self.snapshot()  # before the checkpoint: what is resumed from has all that came before it
                 if taken and due(self.step, cfg.checkpoint.checkpointing_steps, self.steps):
                     self.save(required=self.step == self.steps)
                 if taken and due(self.step, cfg.sample.sample_every, self.steps):
@@ -213,13 +217,18 @@ class Trainer:
                 log.warning("no checkpoint at step %d (%s); the older ones are whole, going on", self.step, error)
         self.accelerator.wait_for_everyone()
 
+    def snapshot(self) -> None:
+        """Keep the power-function averages of this moment in ema_snapshots/ (main process; nobody waits)."""
+        if self.accelerator.is_main_process:
+            self.ema.snapshot(self.output_dir / "ema_snapshots")
+
     def _write_checkpoint(self) -> None:
         parts = {
             "model": self.unet.state_dict(),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer, self.names),
         }
         parts |= {"objective": learned} if (learned := self.objective.state_dict()) else {}
-        parts |= {f"ema_{decay}": average for decay, average in self.ema.averages.items()} if self.ema else {}
+        parts |= self.ema.averages if self.ema else {}
         checkpoint.save(
             self.output_dir / "checkpoints",
             parts=parts,
@@ -255,9 +264,7 @@ class Trainer:
         if self.objective.state_dict():
             self.objective.load_state_dict(found.tensors("objective"))
         if self.ema:
-            self.ema.load(
-                found.state["ema_updates"], {decay: found.tensors(f"ema_{decay}") for decay in self.ema.averages}
-            )
+            self.ema.load(found.state["ema_updates"], {part: found.tensors(part) for part in self.ema.averages})
         if self.accelerator.scaler and found.state["grad_scaler"]:
             self.accelerator.scaler.load_state_dict(found.state["grad_scaler"])
         self.step, self.batches = found.state["step"], found.state["batches"]
