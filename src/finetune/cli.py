@@ -16,12 +16,14 @@ from finetune.provenance import without_token
 
 USAGE = """usage: finetune COMMAND [options]
 
-  train     train the UNet of a recipe      finetune train --config configs/train/digits.yaml
-  sample    draw images                     finetune sample runs/digits --prompt "a handwritten seven" --out pictures
-  ema       average of another width        finetune ema runs/digits --relative_width 0.075 --out models/wider
-  push      publish a finished run          finetune push runs/digits
-  import    convert another checkpoint      finetune import iddpm model500000.pt --out models/cifar10
-  config    show settings or their schema   finetune config --config configs/train/digits.yaml --resolved
+  train       train the UNet of a recipe      finetune train --config configs/train/digits.yaml
+  sample      draw images                     finetune sample runs/digits --prompt "a handwritten seven" --out pictures
+  evaluate    measure a run on data           finetune evaluate runs/digits_pixel --metrics bpd
+  ema         average of another width        finetune ema runs/digits --relative_width 0.075 --out models/wider
+  push        publish a finished run          finetune push runs/digits
+  import      convert another checkpoint      finetune import iddpm model500000.pt --out models/cifar10
+  sigma_data  measure the spread of x0        finetune sigma_data --config configs/train/digits_edm.yaml
+  config      show settings or their schema   finetune config --config configs/train/digits.yaml --resolved
 
 `finetune COMMAND --help` lists the options. Over several processes: accelerate launch train_unet.py --config FILE
 """
@@ -30,8 +32,8 @@ USAGE = """usage: finetune COMMAND [options]
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (see finetune.errors)."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {"train": train, "sample": _sample, "ema": _ema, "push": _push, "import": _import}
-    commands |= {"config": _config}
+    commands = {"train": train, "sample": _sample, "evaluate": _evaluate, "ema": _ema, "push": _push}
+    commands |= {"import": _import, "sigma_data": _sigma_data, "config": _config}
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -107,6 +109,18 @@ def _ema(argv: list[str]) -> None:
     from finetune.posthoc import ema_main
 
     ema_main(argv)
+
+
+def _evaluate(argv: list[str]) -> None:
+    from finetune.evaluate import evaluate_main
+
+    evaluate_main(argv)
+
+
+def _sigma_data(argv: list[str]) -> None:
+    from finetune.measure import sigma_data_main
+
+    sigma_data_main(argv)
 
 
 def _import(argv: list[str]) -> None:

@@ -31,12 +31,11 @@ class Ema:
         """Each average starts as a copy of the parameters."""
         self._parameters = dict(parameters)
         self._cfg = cfg
-        self._max_decays = {f"ema_{decay}": decay for decay in cfg.ema_max_decay}
+        self._max_decays = dict(zip(parts_of(cfg), cfg.ema_max_decay, strict=False))
         self._gammas = {part_of(width): gamma_of(width) for width in cfg.relative_widths}
         self.updates = 0
         self.averages: dict[str, dict[str, Tensor]] = {
-            part: {name: p.detach().float().clone() for name, p in self._parameters.items()}
-            for part in (*self._max_decays, *self._gammas)
+            part: {name: p.detach().float().clone() for name, p in self._parameters.items()} for part in parts_of(cfg)
         }
         """By the name of their part of a checkpoint: ema_0.9999 (decay), ema_width_0.05 (relative width)."""
 
@@ -101,6 +100,11 @@ def drop_snapshots_after(root: Path, step: int) -> None:
         if int(path.name.removeprefix("step-")) > step:
             log.info("%s is of a step that is done again: it is written anew", path)
             shutil.rmtree(path.rename(path.with_name(f"{path.name}.trash")))
+
+
+def parts_of(cfg: EmaConfig) -> list[str]:
+    """The names of all averages in a checkpoint; the first is sampled and exported."""
+    return [*(f"ema_{decay}" for decay in cfg.ema_max_decay), *map(part_of, cfg.relative_widths)]
 
 
 def part_of(relative_width: float) -> str:

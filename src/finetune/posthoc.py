@@ -186,9 +186,7 @@ def _export(
         metrics = work / "metrics.jsonl"
         metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
         # No samples: those of the run were drawn with another average.
-        folder = export(
-            pipeline, output_dir=work, cfg=replace(cfg, ema=ema), run=run, samples=None, metrics=metrics
-        )
+        folder = export(pipeline, output_dir=work, cfg=replace(cfg, ema=ema), run=run, samples=None, metrics=metrics)
         folder.rename(args.out)
     finally:
         shutil.rmtree(work)

@@ -1,0 +1,332 @@
+"""Measuring a trained model on data, `finetune evaluate`. Imports no torch until the arguments are known to be right.
+
+A metric is a function of a Subject and the options that returns what it found and writes it under --out; METRICS names
+them for the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.config_io import load_text
+from finetune.errors import ConfigError, DataError
+from finetune.seeding import PositionRandom, permutation
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from finetune.batching import Batch
+    from finetune.checkpoint import Checkpoint
+    from finetune.conditioning import Conditioner
+    from finetune.config import TrainConfig
+    from finetune.data import TrainData
+    from finetune.models import UNet
+    from finetune.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A trained UNet, the parts it was trained with, and the data that it is measured on. Float32, no dropout."""
+
+    cfg: TrainConfig
+    unet: UNet
+    conditioner: Conditioner
+    objective: Objective
+    data: TrainData
+    facts: dict[str, Any]
+    """What was measured, for the report: step, weights, data; JSON's types only."""
+    device: torch.device
+
+    def batches(self, *, num_samples: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        """`num_samples` rows, drawn by the seed without repetition, as they are in epoch 0.
+
+        The position of a sample is its row, so that what is drawn for it depends on nothing else but the seed.
+        """
+        from finetune.batching import collate
+
+        rows = self.data.rows[permutation(seed, "evaluate", 0, len(self.data))[:num_samples]]
+        for start in range(0, len(rows), batch_size):
+            part = [int(row) for row in rows[start : start + batch_size]]
+            samples = self.data.samples(part, [0] * len(part))
+            yield collate([((row, 0, row), sample) for row, sample in zip(part, samples, strict=True)])
+
+    def condition(self, batch: Batch) -> dict[str, Tensor]:
+        """The condition of each sample, as in training but for its dropout."""
+        labels = None if batch.class_labels is None else batch.class_labels.tolist()
+        return self.conditioner.condition(batch.captions or labels or [])
+
+
+def load_subject(
+    run: Path, *, average: str | None = None, data: str | None = None, split: str | None = None
+) -> Subject:
+    """The model of a run's newest checkpoint, or of the checkpoint that `run` is, on its data or others.
+
+    average: "ema", the first average; "weights", those of the last step; or the name of an average in the checkpoint,
+    such as ema_0.999. Unset: ema if averages were kept. data: a path or Hub id of other data, prepared in the same way.
+    Images are cropped at the centre and not mirrored. Raises ConfigError, DataError or CheckpointError.
+    """
+    import torch
+
+    from finetune.conditioning import build_conditioner
+    from finetune.data import open_data
+    from finetune.models import build_unet
+    from finetune.objective import build_objective
+    from finetune.space import build_space
+
+    found, folder = _checkpoint(run)
+    cfg = _config(folder)
+    measured = open_data(_on(cfg, data, split))
+    trained = json.loads((folder / "run.json").read_text())
+    classes = list(trained["data"].get("classes", ())) or None
+    if cfg.conditioning.kind == "class_label" and measured.class_names != classes:
+        raise ConfigError(
+            f"the data have the classes {', '.join(measured.class_names or ())}, the model was trained on "
+            f"{', '.join(classes or ())}: their numbers would mean something else"
+        )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    space, conditioner = build_space(cfg, device), build_conditioner(cfg, classes, device)
+    unet = build_unet(cfg, space, conditioner, seed=cfg.seed)
+    part = _part(cfg, average)
+    unet.load_state_dict(found.tensors("model"))
+    if part != "model":  # parameters that were not trained are in no average
+        unet.load_state_dict(found.tensors(part), strict=False)
+    facts = {
+        "step": found.step,
+        "weights": "of the last step" if part == "model" else part,
+        "data": data or cfg.data.train_data_dir or cfg.data.dataset_name,
+        "split": measured.rules.split,
+        "data_fingerprint": measured.fingerprint,
+        "is_training_data": measured.fingerprint == trained["data_fingerprint"],
+    }
+    return Subject(
+        cfg=cfg,
+        unet=unet.to(device).eval(),
+        conditioner=conditioner,
+        objective=build_objective(cfg.objective, clip_sample=cfg.space.kind == "pixel"),
+        data=measured,
+        facts=facts,
+        device=device,
+    )
+
+
+def _checkpoint(run: Path) -> tuple[Checkpoint, Path]:
+    """The checkpoint to measure, and the folder of its run."""
+    from finetune import checkpoint
+
+    if (run / "manifest.json").is_file():
+        return checkpoint.load(run, what="finetune evaluate"), run.resolve().parents[1]
+    found = checkpoint.latest(run / "checkpoints")
+    if found is None:
+        raise ConfigError(f"{run} has no checkpoint yet")
+    return found, run
+
+
+def _config(folder: Path) -> TrainConfig:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no run (a folder with config.yaml): give the output_dir of a run, or one of "
+                          "its checkpoints")  # fmt: skip
+    return load_text(path.read_text("utf-8"), name=str(path))
+
+
+def _on(cfg: TrainConfig, data: str | None, split: str | None) -> TrainConfig:
+    """The config with the data that are measured on, prepared without chance."""
+    rules = replace(cfg.data, center_crop=True, random_flip=False, split=split or cfg.data.split)
+    if data is not None:
+        rules = replace(rules, dataset_name=data, train_data_dir=None, dataset_config_name=None, revision=None,
+                        split=split or "train", max_train_samples=None)  # fmt: skip
+    if rules.dataset_name is None and rules.train_data_dir is None:
+        raise ConfigError("the run's data were passed from Python: name the data to measure on with --data")
+    return replace(cfg, data=rules)
+
+
+def _part(cfg: TrainConfig, average: str | None) -> str:
+    """The part of a checkpoint that `average` means."""
+    from finetune.ema import parts_of
+
+    parts = parts_of(cfg.ema) if cfg.ema.use_ema else []
+    if average == "weights" or (average is None and not parts):
+        return "model"
+    if average in (None, "ema") and parts:
+        return parts[0]
+    if average not in parts:
+        raise ConfigError(f"--average {average}: the run kept {', '.join(parts) or 'no averages'}, beside weights")
+    return average
+
+
+# ---------------------------------------------------------------------------------------------- bits per dimension
+
+
+def check_bpd(cfg: TrainConfig) -> None:
+    """Raises ConfigError for a model whose bits per dimension are not defined."""
+    if cfg.space.kind != "pixel":
+        raise ConfigError("--metrics bpd: bits per dimension are those of 8-bit pixels, and this model draws latents")
+    if cfg.objective.kind != "ddpm":
+        raise ConfigError(
+            f"--metrics bpd: bits per dimension are computed for objective.kind ddpm, whose steps have a likelihood; "
+            f"this model was trained with {cfg.objective.kind}"
+        )
+
+
+def bits(subject: Subject, batches: Iterator[Batch], *, seed: int, clip_denoised: bool, bar: Any) -> dict[str, Tensor]:
+    """improved-diffusion's variational bound of all samples, float64 on the CPU.
+
+    `total` and `prior` [N]; `vb`, `x0_mse` and `noise_mse` [N, T] from level 0 up; everything but the errors in bits
+    per dimension. The noise of a sample at a level is a function of (seed, row, level). Raises DataError for images
+    that are not 8-bit pixels.
+    """
+    import torch
+
+    from finetune.models import bind
+    from finetune.objective.likelihood import bits_per_dim, check_8_bit
+
+    levels = len(subject.objective.process.alpha)
+    found: list[dict[str, Tensor]] = []
+    for batch in batches:
+        random = PositionRandom(seed, batch.positions, subject.device)
+        x0 = batch.pixel_values.to(subject.device)
+        _each_8_bit(batch, check_8_bit)
+
+        def noises(random=random, shape=x0.shape) -> Iterator[Tensor]:
+            for level in reversed(range(levels)):
+                yield random.normal(f"bpd noise {level}", shape[1:])
+                bar.update(shape[0])
+
+        network = bind(subject.unet, subject.condition(batch))
+        result = bits_per_dim(subject.objective, network, x0, noises(), clip_denoised=clip_denoised)
+        found.append({name: value.double().cpu() for name, value in result.items()})
+    joined = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+    return {name: value.flip(1) if value.ndim == 2 else value for name, value in joined.items()}
+
+
+def _each_8_bit(batch: Batch, check: Any) -> None:
+    for row, image in zip(batch.rows.tolist(), batch.pixel_values, strict=True):
+        try:
+            check(image)
+        except ValueError:
+            raise DataError(
+                f"row {row} is no 8-bit image (it has more than 8 bits, and is scaled in floating point): bits per "
+                "dimension are defined for 8-bit pixels only; convert the data, or measure on others with --data"
+            ) from None
+
+
+def bpd(subject: Subject, args: argparse.Namespace) -> None:
+    """Bits per dimension -> bpd.json (totals), bpd.csv (by level) and bpd.png; prints the total."""
+    from tqdm.auto import tqdm
+
+    n = min(args.num_samples, len(subject.data))
+    levels = len(subject.objective.process.alpha)
+    batches = subject.batches(num_samples=n, batch_size=args.batch_size, seed=args.seed)
+    with tqdm(total=n * levels, desc="bits per dimension", unit="level") as bar:
+        result = bits(subject, batches, seed=args.seed, clip_denoised=args.clip_denoised, bar=bar)
+    vb = result["vb"]
+    totals = {"total": result["total"], "prior": result["prior"], "vb": vb.sum(1), "vb_of_level_0": vb[:, 0]}
+    report = {
+        "unit": "bits per dimension",
+        **{name: mean_and_error(values) for name, values in totals.items()},
+        "images": n,
+        "images_of_the_data": len(subject.data),
+        "levels": levels,
+        "seed": args.seed,
+        "clip_denoised": args.clip_denoised,
+        "crop": "centre, not mirrored",
+        **subject.facts,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "bpd.json").write_text(json.dumps(report, indent=1) + "\n")
+    columns = {name: result[name] for name in ("vb", "x0_mse", "noise_mse")}
+    write_levels(columns, subject.objective.process.time, args.out / "bpd.csv")
+    draw_levels(columns, args.out / "bpd.png")
+    total, error = report["total"]["mean"], report["total"]["standard_error"]
+    print(f"bits per dimension: {total:.4f}" + ("" if error is None else f" ± {error:.4f}") + f" of {n} images, step "
+          f"{report['step']}, {report['weights']}\n{args.out / 'bpd.json'}")  # fmt: skip
+
+
+def mean_and_error(values: Tensor) -> dict[str, float | None]:
+    """values [N] -> their mean, and its standard error (None of a single value)."""
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": float(values.mean()), "standard_error": error}
+
+
+def write_levels(columns: dict[str, Tensor], timesteps: Tensor, path: Path) -> None:
+    """Columns [N, T] -> a CSV file of one line per level, from the least noise up: means and standard errors.
+
+    timesteps: [T], what the network is given at each level.
+    """
+    names = [f"{name}{end}" for name in columns for end in ("", "_standard_error")]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["level", "timestep", *names])
+        for level, timestep in enumerate(timesteps.tolist()):
+            pairs = [mean_and_error(column[:, level]).values() for column in columns.values()]
+            writer.writerow([level, timestep, *(value for pair in pairs for value in pair)])
+
+
+def draw_levels(columns: dict[str, Tensor], path: Path) -> None:
+    """Plot the means of columns [N, T] over the levels to a PNG, one panel each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot: its state belongs to the user's notebook
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.2 * len(columns)), layout="constrained")
+    FigureCanvasAgg(figure)
+    labels = {"vb": "bits per dimension", "x0_mse": "squared error of x0", "noise_mse": "squared error of the noise"}
+    panels = figure.subplots(len(columns), 1, sharex=True)
+    for axes, (name, column) in zip(panels, columns.items(), strict=True):
+        axes.plot(column.mean(0).numpy(), linewidth=1)
+        axes.set(ylabel=labels[name], yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    panels[-1].set(xlabel="noise level, least noise first")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+METRICS = {"bpd": (check_bpd, bpd)}
+"""For each metric: what refuses a config that it is not defined for, and what measures and reports it."""
+
+
+def evaluate_main(argv: list[str] | None = None) -> None:
+    """The command `finetune evaluate`. Raises ConfigError for what cannot be measured, most before torch is loaded."""
+    args = _arguments(argv)
+    folder = args.run.resolve().parents[1] if (args.run / "manifest.json").is_file() else args.run
+    cfg = _config(folder)
+    for metric in args.metrics:
+        METRICS[metric][0](cfg)
+    args.out = args.out or folder / "evaluation"
+    subject = load_subject(args.run, average=args.average, data=args.data, split=args.split)
+    for metric in args.metrics:
+        METRICS[metric][1](subject, args)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("finetune evaluate", description="Measure a run on data, in one process.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run, or one of its checkpoints")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, required=True, help="what to measure")
+    parser.add_argument("--data", help="other data: a path or Hub id; default: those of the run")
+    parser.add_argument("--split", help="default: that of the run, or train of other data")
+    parser.add_argument("--average", help="ema, weights, or a name such as ema_0.999; default: ema if there is one")
+    parser.add_argument("--num_samples", type=int, default=1000, help="images, drawn by the seed; default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=16, help="images at a time; changes no noise")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and of the noise")
+    parser.add_argument(
+        "--clip_denoised", action=argparse.BooleanOptionalAction, default=True, help="clamp the predicted x0 to [-1, 1]"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/evaluation")
+    args = parser.parse_args(argv)
+    for name in ("num_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.seed < 0:
+        raise ConfigError(f"--seed must be at least 0, got {args.seed}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("finetune evaluate works in one process: start it without accelerate launch")
+    return args
