@@ -47,7 +47,7 @@ def judge(samples: np.ndarray, asked: np.ndarray) -> dict[str, float]:
 
 
 def draw(run: Path, samples: int, seed: int, guidance_scale: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """`samples` images of each digit from the run's pipeline -> vectors [10 * samples, 64], digits asked for."""
+    """`samples` images of each digit, from a run or a pipeline folder -> vectors [10 * samples, 64], digits asked."""
     cfg = load_text((run / "config.yaml").read_text())
     asked = np.repeat(np.arange(10), samples)
     if cfg.conditioning.kind == "class_label":
@@ -55,7 +55,7 @@ def draw(run: Path, samples: int, seed: int, guidance_scale: float | None) -> tu
     else:
         wanted = {"prompts": [f"a handwritten {NAMES[digit]}" for digit in asked]}
     images = generate(
-        load_pipeline(run / "pipeline"),
+        load_pipeline(str(run)),
         **wanted,
         num_images=len(asked),
         seed=seed,

@@ -2,10 +2,10 @@
 
     python benchmarks/frechet.py runs/digits [--samples 100] [--seed 1000] [--guidance_scale G]
 
-From the exported pipeline, 10 * `samples` images: as many of each digit, or any of an unconditional pipeline. Every
-image is reduced to the 8x8 grey of the data set. Two sets of features, neither learned from anything but the 1,797
-real digits, so that the numbers can be repeated anywhere and compared between runs of the same number of samples; they
-are no FID, whose features are those of an Inception network:
+From the exported pipeline, or one that `finetune ema` made, 10 * `samples` images: as many of each digit, or any of an
+unconditional pipeline. Every image is reduced to the 8x8 grey of the data set. Two sets of features, neither
+learned from anything but the 1,797 real digits, so that the numbers can be repeated anywhere and compared between runs
+of the same number of samples; they are no FID, whose features are those of an Inception network:
   pixels     the 32 leading principal components of the real digits, each scaled to unit variance among them
   judge      the ten decision values of the RBF support-vector machine that digits_quality.py reads digits with
 The floor is what as many real digits as there are samples (at most half of them) are from the others.
@@ -49,12 +49,12 @@ def distances(images: np.ndarray) -> dict[str, float]:
 
 
 def draw_any(run: Path, samples: int, seed: int, guidance_scale: float | None) -> np.ndarray:
-    """10 * `samples` images of the run's pipeline, conditional or not -> [10 * samples, 64] in 0..16."""
+    """10 * `samples` images of a run or a pipeline folder, conditional or not -> [10 * samples, 64] in 0..16."""
     cfg = load_text((run / "config.yaml").read_text())
     if cfg.conditioning.kind != "none":
         return draw(run, samples, seed, guidance_scale)[0]
     steps = cfg.sample.num_inference_steps
-    pipeline = load_pipeline(str(run / "pipeline"))
+    pipeline = load_pipeline(str(run))
     images = generate(pipeline, num_images=10 * samples, seed=seed, num_inference_steps=steps, batch_size=50)
     return np.stack([to_vector(image) for image in images])
 

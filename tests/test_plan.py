@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from finetune.meter import Meter
-from finetune.plan import checkpoints_line, classes_line, count, data_line, plan_text, push_line, table
+from finetune.plan import (
+    averages_line,
+    checkpoints_line,
+    classes_line,
+    count,
+    data_line,
+    plan_text,
+    push_line,
+    snapshots_line,
+    table,
+)
 from finetune.trainer import Trainer
 from tiny import config
 
@@ -54,6 +64,18 @@ def test_projected_size_is_the_size_that_is_written(trainer):
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
     projected = float(re.search(r"2 x ([\d.,]+) MB", checkpoints_line(trainer.unet, trainer.cfg))[1])
     assert projected == pytest.approx(written, rel=0.15)  # headers are a tenth of files this small
+
+
+def test_averages_by_relative_width_and_their_snapshots(trainer, tmp_path):
+    assert snapshots_line(trainer.unet, trainer.cfg, 9) == ""
+    ema = {"ema_max_decay": [], "relative_widths": [0.05, 0.1], "snapshot_every": 4}
+    cfg = config(tmp_path, ema=ema)
+    assert averages_line(cfg) == "relative width 0.05, 0.1; samples and export use the first"
+    both = config(tmp_path, ema={**ema, "ema_max_decay": [0.9]})
+    assert averages_line(both).startswith("decay 0.9 (power warm-up), relative width 0.05")
+    size = 2 * 4 * sum(p.numel() for p in trainer.unet.parameters()) / 1e6
+    expected = f"of the averages every 4 steps, all kept: 3 x {size:.1f} MB"
+    assert snapshots_line(trainer.unet, cfg, 9) == expected
 
 
 def test_data_and_classes(tmp_path):

@@ -34,6 +34,7 @@ def plan_text(trainer: Trainer) -> str:
             f"{trainer.accelerator.mixed_precision.replace('no', 'float32')}, seed {cfg.seed}",
             "start": start_line(trainer.step, trainer.resumed_from_processes, processes),
             "checkpoints": checkpoints_line(trainer.unet, cfg),
+            "snapshots": snapshots_line(trainer.unet, cfg, trainer.steps),
             "samples": samples_line(cfg),
             "output": str(trainer.output_dir),
             "push": push_line(cfg, trainer.output_dir.resolve().name),
@@ -141,8 +142,7 @@ def averages_line(cfg: TrainConfig) -> str:
     if ema.ema_max_decay:
         parts.append(f"decay {', '.join(f'{d:g}' for d in ema.ema_max_decay)} ({ema.ema_warmup} warm-up)")
     if ema.relative_widths:
-        every = f" (kept every {ema.snapshot_every:,} steps)" if ema.snapshot_every else ""
-        parts.append(f"relative width {', '.join(f'{w:g}' for w in ema.relative_widths)}{every}")
+        parts.append(f"relative width {', '.join(f'{w:g}' for w in ema.relative_widths)}")
     return f"{', '.join(parts)}; samples and export use the first"
 
 
@@ -158,6 +158,15 @@ def checkpoints_line(unet: nn.Module, cfg: TrainConfig) -> str:
         f"every {cfg.checkpoint.checkpointing_steps:,} steps, the last {kept} kept: {kept} x {size:,.1f} MB, "
         f"{(kept + 1) * size:,.1f} MB while one is written"
     )
+
+
+def snapshots_line(unet: nn.Module, cfg: TrainConfig, steps: int) -> str:
+    """How often the averages by relative width are kept for good, and the space they will take; empty if never."""
+    every = cfg.ema.snapshot_every
+    if not every:
+        return ""
+    size = len(cfg.ema.relative_widths) * 4 * sum(p.numel() for p in unet.parameters() if p.requires_grad) / 1e6
+    return f"of the averages every {every:,} steps, all kept: {-(-steps // every):,} x {size:,.1f} MB"
 
 
 def samples_line(cfg: TrainConfig) -> str:

@@ -123,8 +123,10 @@ def ema_main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"{root} holds no snapshot yet: ema.snapshot_every is {cfg.ema.snapshot_every} steps")
     step = snapshots[-1].step if args.step is None else args.step
     weights, residual = reconstruct(snapshots, (args.relative_width, step))
-    pipeline = _with_weights(args.run, weights)
-    _export(pipeline, args, cfg, step=step, residual=residual)
+    from finetune.export import without_loading_bars
+
+    with without_loading_bars():
+        _export(_with_weights(args.run, weights), args, cfg, step=step, residual=residual)
     print(
         f"relative width {args.relative_width:g} at step {step}, from snapshots at "
         f"{sum(snapshot.step <= step for snapshot in snapshots)} steps; residual of the profile {residual:.2%}\n"
@@ -157,11 +159,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _with_weights(run: Path, weights: dict[str, Tensor]) -> DiffusionPipeline:
     """The run's exported pipeline with these weights in its UNet."""
-    from finetune.export import own_memory, without_loading_bars
+    from finetune.export import own_memory
     from finetune.sample import load_pipeline
 
-    with without_loading_bars():
-        pipeline = load_pipeline(str(run))
+    pipeline = load_pipeline(str(run))
     for part in pipeline.components.values():
         own_memory(part)
     # Parameters that were not trained are in no average, and stay.
