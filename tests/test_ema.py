@@ -212,6 +212,8 @@ def test_another_width_is_what_would_have_been_tracked(tracked, step):
     weights, residual = posthoc.reconstruct(snapshots, (0.075, step))
     assert 0 < residual < 5e-3
     assert error_of(weights, history, step, 0.075) < 0.01
+    before, _ = posthoc.reconstruct([one for one in snapshots if one.step <= step], (0.075, step))
+    assert torch.equal(weights["w"], before["w"]), "snapshots of later steps do not count"
     (narrow, wide), more = posthoc.fit([(0.05, step), (0.1, step)], (0.075, step))  # of a single snapshot
     worse = narrow * history[step]["ema_width_0.05"] + wide * history[step]["ema_width_0.1"]
     assert more > 10 * residual and error_of({"w": worse}, history, step, 0.075) > 0.05, "negative control"

@@ -1,6 +1,7 @@
 """Measuring a run: against the closed form of a model that predicts nothing, and what must not change the numbers."""
 
 import csv
+import io
 import json
 import math
 from dataclasses import replace
@@ -103,6 +104,11 @@ def test_bits_are_the_objective_s_with_noise_by_row_and_level(trained):
     subject = load_subject(trained, average="weights")
     [batch] = subject.batches(num_samples=6, batch_size=6, seed=3)
     [other] = subject.batches(num_samples=6, batch_size=6, seed=4)
+    assert subject.cfg.data.random_flip
+    for row, pixels in zip(batch.rows.tolist(), batch.pixel_values, strict=True):
+        stored = Image.open(io.BytesIO(subject.data.image_bytes(row))).convert("RGB")
+        small = np.asarray(stored.resize((8, 8), Image.Resampling.BILINEAR))
+        np.testing.assert_allclose(pixels, small.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6, err_msg="mirrored")
     assert len(set(batch.rows.tolist())) == 6 and batch.rows.tolist() != other.rows.tolist()
     random = PositionRandom(3, batch.rows)
     noises = [random.normal(f"bpd noise {t}", (3, 8, 8)) for t in reversed(range(LEVELS))]
