@@ -10,7 +10,37 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.config_types import Count, Float, Fraction, Positive, PositiveOrZero, section
+from finetune.config_types import Count, Float, Fraction, Params, Positive, PositiveOrZero, Target, section
+
+# ---- your own
+
+
+@section
+class Custom:
+    """Your own code: the target is imported if the command line trusts its package, and called with the params."""
+
+    kind: Literal["custom"]
+    target: Target
+    """Full name of your class or function, such as my_package.module.MyClass; needs --trust my_package."""
+    params: Params = Field(default_factory=dict)
+    """Its keyword arguments."""
+
+
+@section
+class CustomLoss(Custom):
+    """Your own: target(**params) is a finetune.objective.regression.Regression."""
+
+
+@section
+class CustomWeighting(Custom):
+    """Your own: target(**params) is a function (snr, scale) -> weight as in finetune/objective/weighting.py."""
+
+
+@section
+class CustomLevels(Custom):
+    """Your own: target(**params) has the method sample of finetune.objective.levels.LevelSampler; nothing else, such as
+    a shift, is applied to its levels."""
+
 
 # ---- loss
 
@@ -38,7 +68,7 @@ class Huber:
     """Error c at which squared turns into absolute (0.1 as in diffusers' scripts)."""
 
 
-Loss = Annotated[L2 | L1 | Huber, Field(discriminator="kind")]
+Loss = Annotated[L2 | L1 | Huber | CustomLoss, Field(discriminator="kind")]
 
 # ---- weighting
 
@@ -125,7 +155,7 @@ class Uncertainty:
     """Width of u."""
 
 
-_BySNR = NoWeighting | SNR | MinSNR | SoftMinSNR | EDMWeighting | P2 | Debiased
+_BySNR = NoWeighting | SNR | MinSNR | SoftMinSNR | EDMWeighting | P2 | Debiased | CustomWeighting
 Weighting = Annotated[_BySNR, Field(discriminator="kind")]
 WeightingEDM = Annotated[_BySNR | Uncertainty, Field(discriminator="kind")]
 WeightingFlow = Annotated[_BySNR | SigmaSqrt | CosMapWeighting, Field(discriminator="kind")]
@@ -211,6 +241,6 @@ class CosMap(_Levels):
     kind: Literal["cosmap"]
 
 
-Levels = Annotated[Uniform | LossSecondMoment | LogitNormal, Field(discriminator="kind")]
-LevelsEDM = Annotated[LogNormal | VDiffusion, Field(discriminator="kind")]
-LevelsFlow = Annotated[Uniform | LogitNormal | Mode | CosMap, Field(discriminator="kind")]
+Levels = Annotated[Uniform | LossSecondMoment | LogitNormal | CustomLevels, Field(discriminator="kind")]
+LevelsEDM = Annotated[LogNormal | VDiffusion | CustomLevels, Field(discriminator="kind")]
+LevelsFlow = Annotated[Uniform | LogitNormal | Mode | CosMap | CustomLevels, Field(discriminator="kind")]

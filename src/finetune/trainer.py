@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,12 +51,18 @@ class Trainer:
     """
 
     def __init__(
-        self, cfg: TrainConfig, *, dataset: Dataset | None = None, objective: Objective | None = None
+        self,
+        cfg: TrainConfig,
+        *,
+        dataset: Dataset | None = None,
+        objective: Objective | None = None,
+        trust: Collection[str] = (),
     ) -> None:
         """Load data and models and resume if `cfg.output_dir` holds checkpoints.
 
         dataset: an in-memory data set used instead of the one cfg.data names. objective: used instead of
-        cfg.objective's. Raises ConfigError, DataError or CheckpointError before anything is trained.
+        cfg.objective's. trust: the packages whose code cfg.objective may name. Raises ConfigError, DataError or
+        CheckpointError before anything is trained.
         """
         self.cfg = cfg
         self.output_dir = Path(cfg.output_dir)
@@ -75,7 +81,9 @@ class Trainer:
         self.space = build_space(cfg, device)
         self.conditioner = build_conditioner(cfg, self.data.class_names, device)
         clip = cfg.space.kind == "pixel"
-        self.objective = objective or build_objective(cfg.objective, clip_sample=clip, global_batch=self.global_batch)
+        self.objective = objective or build_objective(
+            cfg.objective, clip_sample=clip, global_batch=self.global_batch, trust=trust
+        )
         self.objective.to(device)
         self.unet = build_unet(cfg, self.space, self.conditioner, seed=cfg.seed).to(device)
         if cfg.train.gradient_checkpointing:

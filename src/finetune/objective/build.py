@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from finetune.config_objective import space_timesteps
+from finetune.errors import ConfigError
 from finetune.objective import levels, regression, weighting
 from finetune.objective.likelihood import Posterior
 from finetune.objective.noise import Noise
 from finetune.objective.objective import Objective, VariationalLoss
 from finetune.objective.prediction import Prediction
 from finetune.objective.process import NoiseProcess, RectifiedFlow, VarianceExploding
+from finetune.own_code import described, make
+from finetune.seeding import PositionRandom
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -21,12 +25,56 @@ if TYPE_CHECKING:
     import finetune.config_objective as config
 
 
-def build_objective(cfg: config.Objective, *, clip_sample: bool, global_batch: int = 1) -> Objective:
+def build_objective(
+    cfg: config.Objective, *, clip_sample: bool, global_batch: int = 1, trust: Collection[str] = ()
+) -> Objective:
     """The objective of the config's `objective` section, with the diffusers scheduler that it trains and exports.
 
     clip_sample: what an unset cfg.clip_sample means; right for x0 in [-1, 1], wrong for latents. Sampling only.
-    global_batch: samples per optimizer step, over which stratified levels are spread.
+    global_batch: samples per optimizer step, over which stratified levels are spread. trust: the packages whose code
+    a `kind: custom` may name. Raises ConfigError if that code is not trusted or does not make what it should.
     """
+    if cfg.kind == "custom":
+        return _own("objective", cfg, trust)
+    pieces = {"weighting": cfg.weighting, "levels": cfg.levels, "loss": cfg.loss}
+    own = {name: _own(f"objective.{name}", piece, trust) for name, piece in pieces.items() if piece.kind == "custom"}
+    if own:
+        plain = type(cfg)(kind=cfg.kind)
+        cfg = replace(cfg, **{name: vars(plain)[name] for name in own})
+        own |= {"regression": own.pop("loss")} if "loss" in own else {}
+    return replace(_offered(cfg, clip_sample, global_batch), **own)
+
+
+OWN = {
+    "objective": "a finetune.objective.Objective",
+    "objective.loss": "a finetune.objective.regression.Regression",
+    "objective.weighting": "a function of snr [B] and scale [B], float64, that returns the weights [B]",
+    "objective.levels": "an object whose sample(random) returns levels [B] and weights [B]",
+}
+"""What a custom target makes, which is tried once."""
+
+
+def _own(setting: str, cfg: config.Custom, trust: Collection[str]) -> object:
+    piece, three = make(setting, cfg, trust), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    problem = f"got {type(piece).__name__}"
+    try:
+        match setting:
+            case "objective":
+                right = isinstance(piece, Objective)
+            case "objective.loss":
+                right = isinstance(piece, regression.Regression)
+            case "objective.weighting":
+                right = piece(three, three).shape == (3,)
+            case _:
+                right = [part.shape for part in piece.sample(PositionRandom(0, torch.arange(3)))] == [(3,), (3,)]
+    except Exception as error:
+        right, problem = False, described(error)
+    if not right:
+        raise ConfigError(f"{setting}: {cfg.target} must make {OWN[setting]}; {problem}")
+    return piece
+
+
+def _offered(cfg: config.Objective, clip_sample: bool, global_batch: int) -> Objective:
     match cfg.kind:
         case "ddpm":
             return _ddpm(cfg, clip_sample, global_batch)
@@ -38,7 +86,6 @@ def build_objective(cfg: config.Objective, *, clip_sample: bool, global_batch: i
 def _ddpm(cfg: config.DDPM, clip_sample: bool, global_batch: int) -> Objective:
     """Ho et al. 2020 (epsilon, linear), Salimans & Ho 2022 (v_prediction), Nichol & Dhariwal 2021 (learned_range,
     respacing), Lin et al. 2023 (rescale_betas_zero_snr) are settings of it."""
-    assert not (cfg.rescale_betas_zero_snr and cfg.prediction_type == "epsilon"), "x0 = (x_T - noise) / 0 at the end"
     scheduler = _ddpm_scheduler(cfg, clip_sample)
     process = NoiseProcess.from_scheduler(
         scheduler,
