@@ -133,6 +133,8 @@ def test_history_and_probabilities_are_iddpm_s():
     compare(file, "importance_weight_per_t", 1 / (30 * sampler.probabilities()), rtol=1e-12)
     level, weight = sampler.sample(PositionRandom(0, torch.arange(256)))
     compare(file, "importance_weight_per_t", weight, data["importance_weight_per_t"][level], rtol=1e-12)
+    compare(file, "sampled_weights", 1 / (30 * sampler.probabilities()[data["sampled_t"]]))
+    compare(file, "uniform_weights", make().levels.sample(PositionRandom(0, torch.arange(256)))[1], rtol=0)
     other = LossSecondMoment(30, history_per_term=5, uniform_prob=0.1)
     other.update(data["history_t"], data["history_loss"])
     theirs = data["weights_h5_u01"] / data["weights_h5_u01"].sum()

@@ -81,6 +81,13 @@ class NoWeighting:
 
 
 @section
+class X0:
+    """1 on the error of x0, at every level (generative-models' UnitWeighting)."""
+
+    kind: Literal["x0"]
+
+
+@section
 class SNR:
     """The signal-to-noise ratio on the error of x0; for epsilon the same as none."""
 
@@ -155,7 +162,7 @@ class Uncertainty:
     """Width of u."""
 
 
-_BySNR = NoWeighting | SNR | MinSNR | SoftMinSNR | EDMWeighting | P2 | Debiased | CustomWeighting
+_BySNR = NoWeighting | X0 | SNR | MinSNR | SoftMinSNR | EDMWeighting | P2 | Debiased | CustomWeighting
 Weighting = Annotated[_BySNR, Field(discriminator="kind")]
 WeightingEDM = Annotated[_BySNR | Uncertainty, Field(discriminator="kind")]
 WeightingFlow = Annotated[_BySNR | SigmaSqrt | CosMapWeighting, Field(discriminator="kind")]
@@ -200,10 +207,21 @@ class LogNormal(_Levels):
 
 
 @section
-class VDiffusion(_Levels):
-    """sigma = sigma_data tan(pi u / 2), u uniform: the levels of a cosine schedule (Salimans & Ho 2022)."""
+class LogLogistic(_Levels):
+    """ln sigma is logistic: as log_normal, with more levels far out (k-diffusion)."""
 
-    kind: Literal["v_diffusion"]
+    kind: Literal["log_logistic"]
+    logistic_loc: Float = math.log(0.5)
+    """Mean of ln sigma (ln 0.5, which is ln sigma_data, in k-diffusion)."""
+    logistic_scale: Positive = 0.5
+    """Scale; the standard deviation of ln sigma is 1.81 times that (0.5 in k-diffusion)."""
+
+
+@section
+class LogUniform(_Levels):
+    """Every ln sigma between two bounds equally often (k-diffusion)."""
+
+    kind: Literal["log_uniform"]
     sigma_min: Positive = 0.002
     """Smallest sigma."""
     sigma_max: Positive = 80.0
@@ -212,6 +230,13 @@ class VDiffusion(_Levels):
     def __post_init__(self) -> None:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
+
+
+@section
+class VDiffusion(LogUniform):
+    """sigma = sigma_data tan(pi u / 2), u uniform: the levels of a cosine schedule (Salimans & Ho 2022)."""
+
+    kind: Literal["v_diffusion"]
 
 
 @section
@@ -242,5 +267,5 @@ class CosMap(_Levels):
 
 
 Levels = Annotated[Uniform | LossSecondMoment | LogitNormal | CustomLevels, Field(discriminator="kind")]
-LevelsEDM = Annotated[LogNormal | VDiffusion | CustomLevels, Field(discriminator="kind")]
+LevelsEDM = Annotated[LogNormal | LogLogistic | LogUniform | VDiffusion | CustomLevels, Field(discriminator="kind")]
 LevelsFlow = Annotated[Uniform | LogitNormal | Mode | CosMap | CustomLevels, Field(discriminator="kind")]

@@ -191,6 +191,7 @@ def _weighting(cfg: config.WeightingEDM | config.WeightingFlow) -> weighting.Wei
             return weighting.p2(cfg.p2_k, cfg.p2_gamma)
     return {
         "none": weighting.constant,
+        "x0": weighting.x0,
         "snr": weighting.by_snr,
         "debiased": weighting.debiased,
         "sd3_sigma_sqrt": weighting.sigma_sqrt,
@@ -228,6 +229,11 @@ def _unit_levels(cfg: config.Levels | config.LevelsFlow) -> Callable[[torch.Tens
 
 def _sigmas(cfg: config.EDM) -> Callable[[torch.Tensor], torch.Tensor]:
     """u -> sigma."""
-    if cfg.levels.kind == "v_diffusion":
-        return levels.v_diffusion(cfg.sigma_data, cfg.levels.sigma_min, cfg.levels.sigma_max)
+    match cfg.levels.kind:
+        case "log_logistic":
+            return levels.log_logistic(cfg.levels.logistic_loc, cfg.levels.logistic_scale)
+        case "log_uniform":
+            return levels.log_uniform(cfg.levels.sigma_min, cfg.levels.sigma_max)
+        case "v_diffusion":
+            return levels.v_diffusion(cfg.sigma_data, cfg.levels.sigma_min, cfg.levels.sigma_max)
     return levels.log_normal(cfg.levels.p_mean, cfg.levels.p_std)

@@ -104,6 +104,16 @@ def log_normal(mean: float, std: float) -> Callable[[Tensor], Tensor]:
     return lambda u: torch.exp(mean + std * torch.special.ndtri(u))
 
 
+def log_logistic(loc: float, scale: float) -> Callable[[Tensor], Tensor]:
+    """u -> sigma with ln sigma ~ Logistic(loc, scale) (k-diffusion)."""
+    return lambda u: torch.exp(loc + scale * torch.logit(u))
+
+
+def log_uniform(sigma_min: float, sigma_max: float) -> Callable[[Tensor], Tensor]:
+    """u -> sigma between sigma_min and sigma_max, every ln sigma as likely (k-diffusion)."""
+    return lambda u: sigma_min * (sigma_max / sigma_min) ** u
+
+
 def v_diffusion(sigma_data: float, sigma_min: float, sigma_max: float) -> Callable[[Tensor], Tensor]:
     """u -> sigma = sigma_data tan(pi u / 2), between sigma_min and sigma_max (Salimans & Ho 2022)."""
     low, high = (math.atan(sigma / sigma_data) for sigma in (sigma_min, sigma_max))
