@@ -42,12 +42,12 @@ def compare(reference: str, quantity: str, ours, theirs=None, *, rtol: float = 1
         quotient = np.abs(ours - theirs) / np.maximum(np.abs(theirs), floor)
     quotient[ours == theirs] = 0  # also infinities, and 0 / 0
     deviation = float(quotient.max())
+    assert deviation <= rtol, f"{reference} {quantity}: relative deviation {deviation:.2g}, tolerance {rtol:.2g}"
     if path := os.environ.get(RECORD):
         test = os.environ["PYTEST_CURRENT_TEST"].split("[")[0].split(" (")[0]
         values = {"reference": reference, "quantity": quantity, "count": ours.size, "deviation": deviation}
         with open(path, "a") as file:  # and not a list: some tests compare in processes of their own
             file.write(json.dumps(values | {"rtol": rtol, "floor": floor, "test": test}) + "\n")
-    assert deviation <= rtol, f"{reference} {quantity}: relative deviation {deviation:.2g}, tolerance {rtol:.2g}"
 
 
 def _numbers(values) -> np.ndarray:

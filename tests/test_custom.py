@@ -12,12 +12,14 @@ import torch
 import yaml
 from pydantic import TypeAdapter
 
+import finetune.run
 from finetune import cli
 from finetune import config_objective as co
 from finetune.config_io import dump, load, load_text, read
 from finetune.errors import ConfigError
 from finetune.identity import identity
 from finetune.objective import build_objective
+from finetune.sample import generate, load_pipeline
 from finetune.seeding import PositionRandom
 from forked import log, metrics, run
 from tiny import config
@@ -247,6 +249,24 @@ def test_a_checkpoint_belongs_to_its_code(tmp_path):
 
     assert of(gamma=2) == of(gamma=2) and of(gamma=2) != of(gamma=3)
     assert of()["objective.weighting.target"] == "mine.f"
+
+
+def test_what_it_trained_is_sampled_and_published_without_it(package, tmp_path):
+    """The whole objective is the user's; its pipeline is one of diffusers."""
+    cfg = config(
+        tmp_path / "run", objective=custom(package, "pieces.objective", gamma=2.0), train={"max_train_steps": 1}
+    )
+
+    def train(cfg):
+        finetune.run.train(cfg, trust=[package])
+
+    assert run(cfg, body=train) == [0], log(cfg)
+    assert f"{package}.pieces.objective" in log(cfg)  # in the plan
+    (tmp_path / "ran").unlink()
+    assert load_text((tmp_path / "run" / "config.yaml").read_text()).objective == cfg.objective
+    assert len(generate(load_pipeline(cfg.output_dir), num_images=1, seed=0)) == 1
+    assert f"target: {package}.pieces.objective" in (tmp_path / "run" / "pipeline" / "config.yaml").read_text()
+    assert not (tmp_path / "ran").exists() and package not in sys.modules
 
 
 def block(language: str) -> str:

@@ -44,7 +44,7 @@ def test_tables_are_iddpm_s(name):
     compare("iddpm_schedules", key, process.sigma**2, 1 - reference, rtol=1e-7)
     compare("iddpm_schedules", key, process.alpha[:-1] ** 2, reference[:-1], rtol=3e-7)
     # The last cosine beta is capped at 0.999, of which float32 keeps 1 - beta = 0.001 to 1.3e-5; abar there is 2e-9.
-    compare("iddpm_schedules", key, process.alpha[-1:] ** 2, reference[-1:], rtol=2e-5)
+    compare("iddpm_schedules", key, process.alpha[-1:] ** 2, reference[-1:], rtol=2e-5 if "cosine" in name else 3e-7)
     assert relative(1 - objective.scheduler.alphas_cumprod.double(), 1 - reference) > 1e-4  # what we do not use
 
 

@@ -19,7 +19,7 @@ from tiny import config
 from tiny_models import scheduler
 
 K, SGM = arrays("kdiff_samplers"), arrays("sgm_samplers")
-CLOSE = {"rtol": 2e-5, "floor": 1.0}  # ten or more float32 steps from 80 down to 1
+CLOSE = {"rtol": 2e-6, "floor": 1.0}  # ten or more float32 steps from 80 down to 1
 
 
 def denoise(x, sigma):
