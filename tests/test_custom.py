@@ -153,6 +153,7 @@ def test_trust_is_repeatable_and_another_package_does_not_help(tmp_path, monkeyp
 
 @pytest.mark.parametrize("target", [
     "os.system", "builtins.exec", "subprocess.run", "importlib.import_module", "finetune.run.train", "eval", "mine",
+    "torch.hub.load", "torch.load", "diffusers.DiffusionPipeline", "numpy.load",
     ".mine.Loss", "..mine.Loss", "mine..Loss", "mine.__init__", "__main__.Loss", "mine._Loss", "mine.Loss()",
     "mine:Loss", "mine.Lo ss", "mine.Loss\n", "", 5, None, ["mine.Loss"], "mine/Loss.py",
 ])  # fmt: skip

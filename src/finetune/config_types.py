@@ -30,12 +30,20 @@ Decay = Annotated[Float, Field(ge=0, lt=1)]
 Words = tuple[str, ...]
 
 
+# What is installed with this toolkit can download and run what a recipe names, whoever wrote the recipe.
+_NOT_YOURS = frozenset({
+    *sys.stdlib_module_names, "finetune", "torch", "torchvision", "accelerate", "diffusers", "transformers", "PIL",
+    "huggingface_hub", "safetensors", "pydantic", "yaml", "numpy", "datasets", "tqdm", "matplotlib", "tensorboard",
+    "pyarrow", "pandas", "fsspec", "setuptools", "pkg_resources", "pip",
+})  # fmt: skip
+
+
 def check_target(target: str) -> str:
     """The name of a class or function of the user's own package; ValueError for what can be none."""
     if not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", target, re.ASCII):
         raise ValueError(f"expected a full name such as my_package.module.MyClass, got {target!r}")
-    if (package := target.partition(".")[0]) in {*sys.stdlib_module_names, "finetune"}:
-        raise ValueError(f"{target} is not code of yours: {package} is a part of Python or of this toolkit")
+    if (package := target.partition(".")[0]) in _NOT_YOURS:
+        raise ValueError(f"{target} is not code of yours: {package} is a part of Python or came with this toolkit")
     return target
 
 

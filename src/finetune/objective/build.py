@@ -42,45 +42,41 @@ def build_objective(
         plain = type(cfg)(kind=cfg.kind)
         cfg = replace(cfg, **{name: vars(plain)[name] for name in own})
         own |= {"regression": own.pop("loss")} if "loss" in own else {}
-    return replace(_offered(cfg, clip_sample, global_batch), **own)
+    match cfg.kind:
+        case "ddpm":
+            return replace(_ddpm(cfg, clip_sample, global_batch), **own)
+        case "edm":
+            return replace(_edm(cfg, global_batch), **own)
+    return replace(_flow(cfg, global_batch), **own)
 
 
-OWN = {
-    "objective": "a finetune.objective.Objective",
-    "objective.loss": "a finetune.objective.regression.Regression",
-    "objective.weighting": "a function of snr [B] and scale [B], float64, that returns the weights [B]",
-    "objective.levels": "an object whose sample(random) returns levels [B] and weights [B]",
-}
-"""What a custom target makes, which is tried once."""
+THREE = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+OWN: dict[str, tuple[str, Callable]] = {
+    "objective": ("a finetune.objective.Objective", lambda piece: isinstance(piece, Objective)),
+    "objective.loss": (
+        "a finetune.objective.regression.Regression", lambda piece: isinstance(piece, regression.Regression)
+    ),
+    "objective.weighting": (
+        "a function of snr [B] and scale [B], float64, that returns the weights [B]",
+        lambda piece: piece(THREE, THREE).shape == (3,),
+    ),
+    "objective.levels": (
+        "an object whose sample(random) returns levels [B] and weights [B]",
+        lambda piece: [part.shape for part in piece.sample(PositionRandom(0, torch.arange(3)))] == [(3,), (3,)],
+    ),
+}  # fmt: skip
+"""What the target of a custom setting makes, in words and as a trial."""
 
 
 def _own(setting: str, cfg: config.Custom, trust: Collection[str]) -> object:
-    piece, three = make(setting, cfg, trust), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    problem = f"got {type(piece).__name__}"
+    piece, (words, is_right) = make(setting, cfg, trust), OWN[setting]
     try:
-        match setting:
-            case "objective":
-                right = isinstance(piece, Objective)
-            case "objective.loss":
-                right = isinstance(piece, regression.Regression)
-            case "objective.weighting":
-                right = piece(three, three).shape == (3,)
-            case _:
-                right = [part.shape for part in piece.sample(PositionRandom(0, torch.arange(3)))] == [(3,), (3,)]
+        problem = "" if is_right(piece) else f"got {type(piece).__name__}"
     except Exception as error:
-        right, problem = False, described(error)
-    if not right:
-        raise ConfigError(f"{setting}: {cfg.target} must make {OWN[setting]}; {problem}")
+        problem = described(error)
+    if problem:
+        raise ConfigError(f"{setting}: {cfg.target} must make {words}; {problem}")
     return piece
-
-
-def _offered(cfg: config.Objective, clip_sample: bool, global_batch: int) -> Objective:
-    match cfg.kind:
-        case "ddpm":
-            return _ddpm(cfg, clip_sample, global_batch)
-        case "edm":
-            return _edm(cfg, global_batch)
-    return _flow(cfg, global_batch)
 
 
 def _ddpm(cfg: config.DDPM, clip_sample: bool, global_batch: int) -> Objective:
