@@ -411,7 +411,7 @@ def test_config_main(recipe, capsys):
 
 
 def test_load_or_exit(capsys):
-    assert load_or_exit(BASE, env={}) == load(BASE, env={})
+    assert load_or_exit(BASE, env={}).config == load(BASE, env={})
     with pytest.raises(SystemExit) as stop:
         load_or_exit(["--help"], env={})
     assert stop.value.code == 0 and "--data.resolution" in capsys.readouterr().out

@@ -68,10 +68,10 @@ def test_kind_on_the_command_line_replaces_the_section(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     ("--objective.kind edm --objective.variance.kind learned_range", "objective.kind is edm, which does not have it"),
-    ("--objective.kind edm --objective.levels.kind uniform", "expected one of log_normal, v_diffusion, got 'uniform'"),
+    ("--objective.kind edm --objective.levels.kind uniform", "expected one of log_normal, log_logistic"),
     ("--objective.levels.p_mean 1", "objective.kind is ddpm, which does not have it: objective.kind edm does"),
     ("--objective.levels.logit_mean 1", "objective.levels.kind is uniform, which does not have it"),
-    ("--objective.weighting.kind uncertainty", "expected one of none, snr"),
+    ("--objective.weighting.kind uncertainty", "expected one of none, x0, snr"),
     ("--objective.levels.stratified maybe", "expected true or false, got 'maybe'"),
     ("--objective.kind flow --shift 0", "must be greater than 0"),
     ("--objective.levels.kind loss_second_moment", "use vb_loss kl or rescaled_kl"),

@@ -11,10 +11,10 @@ from finetune.objective.prediction import Prediction
 from finetune.objective.process import per_sample, snr
 from finetune.objective.regression import pseudo_huber
 from finetune.seeding import PositionRandom
-from test_objective_golden import SD, golden, make
+from golden_numbers import compare, golden
+from test_objective_golden import SD, make
 
 torch.set_num_threads(1)
-CLOSE = {"rtol": 2e-6, "atol": 1e-7}
 FAMILY = {
     "epsilon": {"kind": "ddpm", "prediction_type": "epsilon"},
     "sample": {"kind": "ddpm", "prediction_type": "sample"},
@@ -102,82 +102,75 @@ def test_scalings_and_weightings_are_sgm_s():
         c_skip, c_out = prediction.pair(alpha, sigma)
         c_in = process.scale_input(torch.ones(len(sigma), 1), sigma)[:, 0]
         for key, ours in {"c_skip": c_skip, "c_out": c_out, "c_in": c_in, "c_noise": time}.items():
-            torch.testing.assert_close(ours.float(), data[f"{name}/{key}"], **CLOSE)
+            # ln(sigma) and the root of a sum lose digits around 0: theirs are float32 arithmetic.
+            compare("sgm_scaling_weighting", f"{name}/{key}", ours, floor=0.1)
     # The same process in variance-preserving coordinates: x / sqrt(1 + sigma^2).
     alpha = 1 / (1 + sigma**2).sqrt()
     for name, prediction in [("EpsScaling", Prediction("epsilon")), ("VScaling", Prediction("v_prediction"))]:
         c_skip, c_out = prediction.pair(alpha, sigma * alpha)
-        torch.testing.assert_close((c_skip * alpha).float(), data[f"{name}/c_skip"], **CLOSE)
-        torch.testing.assert_close(c_out.float(), data[f"{name}/c_out"], **CLOSE)
-        torch.testing.assert_close(alpha.float(), data[f"{name}/c_in"], **CLOSE)
+        for key, ours in {"c_skip": c_skip * alpha, "c_out": c_out, "c_in": alpha}.items():
+            compare("sgm_scaling_weighting", f"{name}/{key}", ours)
     ratio, one = sigma**-2, torch.ones_like(sigma)
     for name, ours in {
         "EDMWeighting_0.5": weighting.edm(0.5), "EDMWeighting_1.0": weighting.edm(1.0),
-        "VWeighting": weighting.edm(1.0), "EpsWeighting": weighting.by_snr, "UnitWeighting": lambda snr, scale: scale,
+        "VWeighting": weighting.edm(1.0), "EpsWeighting": weighting.by_snr, "UnitWeighting": weighting.x0,
     }.items():  # fmt: skip
-        torch.testing.assert_close(ours(ratio, one).float(), data[name], rtol=1e-5, atol=0)
+        compare("sgm_scaling_weighting", name, ours(ratio, one))
+        compare("sgm_scaling_weighting", f"denoiser_weighting.{name}", ours(ratio, one))
     assert not torch.allclose(weighting.edm(0.6)(ratio, one).float(), data["EDMWeighting_0.5"], rtol=0.01)
 
 
-def unit(snr, scale):
-    return scale
-
-
+BY_V = {"kind": "edm", "weighting_sigma_data": 1.0}
 SGM = {
-    "edm": ({"kind": "edm", "weighting": {"kind": "edm"}}, None),
-    "edm_unit": ({"kind": "edm"}, unit),
-    "v_edm_cnoise": ({**FAMILY["edm_v"], "weighting": {"kind": "edm", "weighting_sigma_data": 1.0}}, None),
-    "eps_discrete": ({**SD, "weighting": {"kind": "snr"}}, None),
-    "v_discrete": (
-        {**SD, "prediction_type": "v_prediction", "weighting": {"kind": "edm", "weighting_sigma_data": 1.0}}, None
-    ),
-    "v_discrete_eps_weight": ({**SD, "prediction_type": "v_prediction", "weighting": {"kind": "snr"}}, None),
-}  # fmt: skip
+    "edm": {"kind": "edm", "weighting": {"kind": "edm"}},
+    "edm_unit": {"kind": "edm", "weighting": {"kind": "x0"}},
+    "v_edm_cnoise": {**FAMILY["edm_v"], "weighting": BY_V},
+    "eps_discrete": {**SD, "weighting": {"kind": "snr"}},
+    "v_discrete": {**SD, "prediction_type": "v_prediction", "weighting": BY_V},
+    "v_discrete_eps_weight": {**SD, "prediction_type": "v_prediction", "weighting": {"kind": "snr"}},
+}
 
 
 @pytest.mark.parametrize("loss", ["l2", "l1"])
 @pytest.mark.parametrize("case", SGM)
 def test_loss_is_sgm_s(case, loss):
     """Also SGM's absolute error of x0, which is |c_out| times that of the output."""
-    data, (settings, custom) = golden("sgm_loss"), SGM[case]
-    objective = make(**settings, loss={"kind": loss})
-    objective = replace(objective, weighting=custom) if custom else objective
-    discrete = settings.get("kind", "ddpm") == "ddpm"
-    level = data["idx"] if discrete else data[f"{case}/sigma"].double()
+    data, objective = golden("sgm_loss"), make(**SGM[case], loss={"kind": loss})
+    discrete = "discrete" in case
+    u, seen = torch.special.ndtr(data["rand"].double()), []
+    level = data["idx"] if discrete else levels.log_normal(-1.2, 1.2)(u)
 
     def network(x, c):
-        return torch.tanh(0.5 * x) + 0.1 * c.view(-1, 1, 1, 1) / (1000 if discrete else 1)
+        seen[:] = [x, torch.tanh(0.5 * x) + 0.1 * c.view(-1, 1, 1, 1) / (1000 if discrete else 1)]
+        return seen[1]
 
     terms = objective.loss_at(network, data["input"], level, data["noise"])
-    torch.testing.assert_close(terms.per_sample, data[f"{case}/{loss}/loss"], rtol=5e-6, atol=0)
+    compare("sgm_loss", f"{case}/{loss}/loss", terms.per_sample)
+    alpha, sigma, _ = objective.process(level)
+    compare("sgm_loss", f"{case}/sigma", sigma / alpha)
+    x_t = unscaled(objective, seen[0], sigma)  # x0 + sigma noise times alpha, a sum of terms of about 1 or sigma
+    compare("sgm_loss", f"{case}/noised", x_t / per_sample(alpha, x_t), floor=1)
+    compare("sgm_loss", f"{case}/denoised", objective.x0(seen[1], x_t, level), rtol=2e-6, floor=1)
     assert not torch.allclose(terms.per_sample, data[f"{case}/{'l1' if loss == 'l2' else 'l2'}/loss"], rtol=0.01)
-
-
-@pytest.mark.parametrize("case", ["edm", "v_edm_cnoise"])
-def test_noised_and_denoised_are_sgm_s(case):
-    data, objective = golden("sgm_loss"), make(**SGM[case][0])
-    sigma, seen = data[f"{case}/sigma"].double(), []
-
-    def network(x, c):
-        seen.append(torch.tanh(0.5 * x) + 0.1 * c.view(-1, 1, 1, 1))
-        return seen[0]
-
-    objective.loss_at(network, data["input"], sigma, data["noise"])
-    torch.testing.assert_close(objective.x0(seen[0], data[f"{case}/noised"], sigma), data[f"{case}/denoised"], **CLOSE)
 
 
 def test_levels_are_sgm_s():
     data = golden("sgm_discretization")
     u = torch.special.ndtr(data["rand"].double())
-    torch.testing.assert_close(levels.log_normal(-1.2, 1.2)(u).float(), data["EDMSampling"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(levels.log_normal(0, 1)(u).float(), data["EDMSampling_m0_s1"], rtol=1e-5, atol=0)
+    compare("sgm_discretization", "EDMSampling", levels.log_normal(-1.2, 1.2)(u))
+    compare("sgm_discretization", "EDMSampling_m0_s1", levels.log_normal(0, 1)(u))
     alpha, sigma, _ = make(**SD).process(data["idx"])
-    torch.testing.assert_close((sigma / alpha).float(), data["DiscreteSampling"], **CLOSE)
+    compare("sgm_discretization", "DiscreteSampling", sigma / alpha)
     alpha, sigma, _ = make(**SD).process(torch.arange(1000))
-    torch.testing.assert_close((sigma / alpha).float(), data["discrete_denoiser_sigmas"], **CLOSE)
+    compare("sgm_discretization", "discrete_denoiser_sigmas", sigma / alpha)
+    compare("sgm_discretization", "LegacyDDPM_1000_nozero_flip", sigma / alpha)
+    compare("sgm_discretization", "quant_sigma", (sigma / alpha)[data["quant_idx"]])
 
 
 # ---- k-diffusion
+
+
+KDIFF = {"rtol": 5e-6}  # its coefficients are float32, and its target is divided by c_out
 
 
 def kdiff_network(x, c):
@@ -192,8 +185,14 @@ def kdiff_network(x, c):
 ])  # fmt: skip
 def test_loss_is_k_diffusion_s(case, settings):
     data = golden("kdiff_losses")
-    terms = make("edm", **settings).loss_at(kdiff_network, data["input"], data["sigma"].double(), data["noise"])
-    torch.testing.assert_close(terms.per_sample, data[f"{case}/loss"], rtol=1e-5, atol=0)
+    objective, sigma = make("edm", **settings), data["sigma"].double()
+    terms = objective.loss_at(kdiff_network, data["input"], sigma, data["noise"])
+    compare("kdiff_losses", f"{case}/loss", terms.per_sample, **KDIFF)
+    if "weighting" in settings or case.endswith("karras"):
+        ratio, (_, c_out) = data["sigma"].double() ** -2, objective.prediction.pair(*objective.process(sigma)[:2])
+        key = f"weighting_{case.removeprefix('Denoiser_0.5_')}"
+        if key in data:
+            compare("kdiff_losses", key, objective.weighting(ratio, c_out**2))
     other = make("edm", weighting={"kind": "debiased"})
     wrong = other.loss_at(kdiff_network, data["input"], data["sigma"].double(), data["noise"])
     assert not torch.allclose(wrong.per_sample, data[f"{case}/loss"], rtol=0.01)
@@ -204,7 +203,54 @@ def test_v_loss_is_k_diffusion_s():
     data = golden("kdiff_losses")
     network = lambda x, c: kdiff_network(x, data["VDenoiser/sigma_to_t"])  # noqa: E731
     loss = make(**FAMILY["edm_v"]).loss_at(network, data["input"], data["sigma"].double(), data["noise"]).per_sample
-    torch.testing.assert_close(loss, data["VDenoiser/loss"], rtol=1e-5, atol=0)
+    compare("kdiff_losses", "VDenoiser/loss", loss, **KDIFF)
+    compare("kdiff_losses", "VDenoiser/sigma_to_t", make(**FAMILY["edm_v"]).process.fraction(data["sigma"].double()))
+
+
+class AsTold:
+    """A variance-preserving process at the sigmas and times of k-diffusion, which also lie between timesteps."""
+
+    def __init__(self, time):
+        self.time = time
+
+    def __call__(self, level):
+        alpha = 1 / (1 + level**2).sqrt()
+        return alpha, level * alpha, self.time
+
+    def scale_input(self, x_t, sigma):
+        return x_t
+
+
+@pytest.mark.parametrize("quantize", [0, 1])
+@pytest.mark.parametrize("name, prediction_type", [("eps", "epsilon"), ("v", "v_prediction")])
+def test_loss_of_sigmas_between_timesteps_is_k_diffusion_s(name, prediction_type, quantize):
+    data, case = golden("kdiff_losses"), f"Discrete_{name}_quantize{quantize}"
+    objective = make(**SD, prediction_type=prediction_type)
+    compare("kdiff_losses", "alphas_cumprod_sd", objective.process.alphas_cumprod)
+    objective, seen = replace(objective, process=AsTold(data[f"{case}/sigma_to_t"])), []
+
+    def network(x, c):
+        seen[:] = [x, kdiff_network(x, c / 1000)]
+        return seen[1]
+
+    terms = objective.loss_at(network, data["input"], data["sigma"].double(), data["noise"])
+    compare("kdiff_losses", f"{case}/loss", terms.per_sample, **KDIFF)
+    denoised = objective.x0(seen[1], seen[0], data["sigma"].double())
+    compare("kdiff_losses", f"{case}/forward", denoised, rtol=5e-6, floor=1)
+
+
+def test_denoiser_is_k_diffusion_s():
+    data, objective, seen = golden("kdiff_losses"), make("edm"), []
+    sigma = data["sigma"].double()
+    objective.loss_at(lambda x, c: seen.append(kdiff_network(x, c)) or seen[0], data["input"], sigma, data["noise"])
+    x_t = data["input"] + per_sample(sigma, data["input"]) * data["noise"]
+    compare("kdiff_losses", "Denoiser_0.5/forward", objective.x0(seen[0], x_t, sigma), floor=1)
+
+
+def test_sigmas_of_evenly_kept_timesteps_are_k_diffusion_s():
+    alpha, sigma, _ = make(**SD, respacing="10").process(torch.arange(9, -1, -1))
+    theirs = golden("kdiff_losses")["DiscreteSchedule/get_sigmas_10"]
+    compare("kdiff_losses", "DiscreteSchedule/get_sigmas_10", sigma / alpha, theirs[:-1], rtol=2e-5)  # float32 products
 
 
 def test_uncertainty_is_k_diffusion_s():
@@ -212,16 +258,17 @@ def test_uncertainty_is_k_diffusion_s():
     data = golden("kdiff_losses")
     objective = replace(make("edm"), uncertainty=lambda time: data["logvar"])
     terms = objective.loss_at(kdiff_network, data["input"], data["sigma"].double(), data["noise"])
-    torch.testing.assert_close(terms.per_sample / 2, data["DenoiserWithVariance_0.5/loss"], rtol=1e-5, atol=0)
+    compare("kdiff_losses", "DenoiserWithVariance_0.5/loss", terms.per_sample / 2, **KDIFF)
 
 
 def test_level_distributions_are_k_diffusion_s():
     data = golden("kdiff_schedules")
     u = data["u"].double()
-    close = {"rtol": 2e-5, "atol": 0}
-    torch.testing.assert_close(levels.log_normal(-1.2, 1.2)(u).float(), data["rand_log_normal_-1.2_1.2"], **close)
-    v = levels.v_diffusion(0.5, 1e-3, 1e3)(u).float()
-    torch.testing.assert_close(v, data["rand_v_diffusion"], **close)
+    compare("kdiff_schedules", "rand_log_normal_-1.2_1.2", levels.log_normal(-1.2, 1.2)(u), rtol=5e-6)  # float32 erfinv
+    compare("kdiff_schedules", "rand_v_diffusion", levels.v_diffusion(0.5, 1e-3, 1e3)(u))
+    within = u * (1 - 2e-6) + 1e-6  # it draws between 1e-3 and 1e3, whose cdf are 1e-6 and 1 - 1e-6
+    compare("kdiff_schedules", "rand_log_logistic_0_0.5", levels.log_logistic(0, 0.5)(within))
+    compare("kdiff_schedules", "rand_log_uniform", levels.log_uniform(0.002, 80)(u))
     assert not torch.allclose(levels.v_diffusion(0.6, 1e-3, 1e3)(u).float(), data["rand_v_diffusion"], rtol=0.01)
 
 
@@ -236,6 +283,8 @@ PUBLISHED = [
     ("epsilon", {"kind": "debiased"}, lambda s, S: S**-0.5),
     ("v", {"kind": "edm", "weighting_sigma_data": 1.0}, lambda s, S: torch.ones_like(S)),
     ("edm", {"kind": "edm"}, lambda s, S: torch.ones_like(S)),
+    ("edm", {"kind": "x0"}, lambda s, S: (0.5 * s) ** 2 / (s**2 + 0.25)),
+    ("v", {"kind": "x0"}, lambda s, S: 1 / (S + 1)),
     ("edm", {"kind": "soft_min_snr"}, lambda s, S: (s * 0.5) ** 2 / (s**2 + 0.25) ** 2),
     ("edm", {"kind": "snr"}, lambda s, S: 0.25 / (s**2 + 0.25)),
     ("flow", {"kind": "sd3_sigma_sqrt"}, lambda s, S: s**-2),
@@ -256,13 +305,29 @@ def test_weighting_is_the_formula_published_for_the_output(name, settings, publi
     assert torch.allclose(ours, other.to(ours.dtype), rtol=0.01) == bool((ours - ours[0]).abs().max() < 1e-9)
 
 
-@pytest.mark.parametrize("name", ["sigma_sqrt", "cosmap"])
+@pytest.mark.parametrize("name", ["sigma_sqrt", "cosmap", "none"])
 def test_flow_weighting_is_that_of_diffusers(name):
     from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-    sigma = torch.tensor([0.05, 0.3, 0.5, 0.9, 1.0], dtype=torch.float64)
-    ours = make("flow", weighting={"kind": f"sd3_{name}"}).weighting(snr(1 - sigma, sigma), sigma**2)
-    torch.testing.assert_close(ours, compute_loss_weighting_for_sd3(name, sigma).double(), rtol=1e-6, atol=0)
+    sigma = golden("diffusers_0421_pins")["sigma"].double()
+    ours = make("flow", weighting={"kind": "none" if name == "none" else f"sd3_{name}"})
+    weight = ours.weighting(snr(1 - sigma, sigma), sigma**2)
+    compare("diffusers_0421_pins", f"sd3_weight_{name}", weight)
+    torch.testing.assert_close(weight, compute_loss_weighting_for_sd3(name, sigma).double(), rtol=1e-6, atol=0)
+
+
+def test_flow_levels_are_those_of_diffusers():
+    """Its densities are drawn by a u of its own, which is the one without a name; logit_normal has the logit -mean."""
+    data, file = golden("diffusers_0421_pins"), "diffusers_0421_pins"
+    u = data["density_none_seed0"].double()
+    compare(file, "density_mode_1.29_seed0", levels.mode(1.29)(u))
+    normal = torch.logit(data["density_logit_normal_0_1_seed0"].double())
+    moved = levels.logit_normal(0.5, 1)(torch.special.ndtr(normal))
+    compare(file, "density_logit_normal_0.5_1_seed0", moved)
+    for shift in (1.0, 3.0):
+        inverse_cdf = make("flow", shift=shift).levels.inverse_cdf
+        ours = inverse_cdf(torch.arange(1000, dtype=torch.float64) / 1000)
+        compare(file, f"flow_train_sigmas_shift{shift}", ours)
 
 
 @pytest.mark.parametrize("name", ["min_snr", "debiased", "snr"])

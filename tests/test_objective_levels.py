@@ -14,7 +14,8 @@ from finetune.objective.weighting import Uncertainty
 from finetune.seeding import PositionRandom
 from finetune.trainer import Trainer
 from forked import log, run, state
-from test_objective_golden import golden, make
+from golden_numbers import compare, golden
+from test_objective_golden import make
 from tiny import config
 
 torch.set_num_threads(1)
@@ -107,8 +108,7 @@ def test_strata_are_k_diffusion_s():
     """Its process 1 of 3 with a batch of 4 has the samples 1, 4, 7 and 10 of the global batch of 12; u is 0.5."""
     random = PositionRandom(0, torch.tensor([1, 4, 7, 10]))
     shift = (random.uniform("level") - 0.5) / 12
-    expected = golden("kdiff_schedules")["stratified_uniform_4_of_group1_groups3"].double()
-    torch.testing.assert_close(random.stratified("level", 12) - shift, expected)
+    compare("kdiff_schedules", "stratified_uniform_4_of_group1_groups3", random.stratified("level", 12) - shift)
 
 
 # ---- importance sampling
@@ -121,17 +121,24 @@ def test_history_and_probabilities_are_iddpm_s():
     for i, (t, loss) in enumerate(zip(data["history_t"], data["history_loss"], strict=True), start=1):
         sampler.update(t.view(1), loss.view(1))
         if i == 100:
-            assert sampler.probabilities().unique().tolist() == pytest.approx([1 / 30])
+            compare("iddpm_resample", "weights_after_100", 30 * sampler.probabilities(), rtol=1e-12)
         if warm is None and bool((sampler.counts == 10).all()):
             warm = i
-    assert warm == int(data["n_updates_until_warm"])
-    assert torch.equal(sampler.losses, data["loss_history"]) and torch.equal(sampler.counts, data["loss_counts"])
-    torch.testing.assert_close(sampler.probabilities(), data["p"], rtol=1e-12, atol=0)
+    file = "iddpm_resample"
+    compare(file, "n_updates_until_warm", warm, rtol=0)
+    compare(file, "loss_history", sampler.losses, rtol=0)
+    compare(file, "loss_counts", sampler.counts, rtol=0)
+    compare(file, "p", sampler.probabilities(), rtol=1e-12)
+    compare(file, "weights", sampler.probabilities(), data["weights"] / data["weights"].sum(), rtol=1e-12)
+    compare(file, "importance_weight_per_t", 1 / (30 * sampler.probabilities()), rtol=1e-12)
     level, weight = sampler.sample(PositionRandom(0, torch.arange(256)))
-    torch.testing.assert_close(weight, data["importance_weight_per_t"][level], rtol=1e-12, atol=0)
+    compare(file, "importance_weight_per_t", weight, data["importance_weight_per_t"][level], rtol=1e-12)
+    compare(file, "sampled_weights", 1 / (30 * sampler.probabilities()[data["sampled_t"]]))
+    compare(file, "uniform_weights", make().levels.sample(PositionRandom(0, torch.arange(256)))[1], rtol=0)
     other = LossSecondMoment(30, history_per_term=5, uniform_prob=0.1)
     other.update(data["history_t"], data["history_loss"])
-    torch.testing.assert_close(other.probabilities(), data["weights_h5_u01"] / data["weights_h5_u01"].sum())
+    theirs = data["weights_h5_u01"] / data["weights_h5_u01"].sum()
+    compare(file, "weights_h5_u01", other.probabilities(), theirs, rtol=1e-12)
     assert not torch.allclose(other.probabilities(), data["p"], rtol=0.01)
 
 
@@ -179,10 +186,10 @@ def gathered_as_iddpm(cfg):
     for t, loss in zip(data["t"][rank], data["loss"][rank], strict=True):
         terms = LossTerms(per_sample=loss.requires_grad_(), weight=2 * torch.ones(4), level=t, terms={})
         objective.update(terms, accelerator.gather)
-    assert torch.equal(objective.levels.losses, data["loss_history"])
-    assert torch.equal(objective.levels.counts, data["loss_counts"])
+    compare("iddpm_resample_2proc", "loss_history", objective.levels.losses, rtol=0)
+    compare("iddpm_resample_2proc", "loss_counts", objective.levels.counts, rtol=0)
     p = objective.levels.probabilities()
-    torch.testing.assert_close(p, data["weights"] / data["weights"].sum(), rtol=1e-6, atol=0)
+    compare("iddpm_resample_2proc", "weights", p, data["weights"] / data["weights"].sum(), rtol=1e-12)
 
 
 def test_two_processes_hold_iddpm_s_history(tmp_path):

@@ -6,6 +6,7 @@ from diffusers.optimization import get_scheduler
 
 from finetune.config import Optimizer
 from finetune.optimization import build_optimizer, learning_rate
+from golden_numbers import arrays, compare
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,17 @@ def test_constant_refuses_a_warmup_that_it_would_ignore():
 def test_adamw_is_fused_with_the_configured_numbers():
     (group,) = build_optimizer(Optimizer(adam_beta1=0.8), [torch.nn.Parameter(torch.zeros(1))]).param_groups
     assert (group["fused"], group["betas"], group["weight_decay"]) == (True, (0.8, 0.999), 1e-6)
+
+
+def test_schedules_of_generative_models():
+    """Theirs starts at lr_start and ends at lr_min, ours at 0: compared is what is between, as a share of it."""
+    file, data = "sgm_ema_lr", arrays("sgm_ema_lr")
+    constant = learning_rate(Optimizer(learning_rate=1, lr_scheduler="constant_with_warmup", lr_warmup_steps=10000), 1)
+    # That of its example configurations starts at 1e-6, ours at 0.
+    compare(file, "sgm_config_lr", [constant(n) for n in data["sgm_config_lr_at"]], rtol=2e-6, floor=1)
+    key = "LambdaWarmUpCosine_5_0.1_1_0.01_30"
+    cosine = learning_rate(Optimizer(learning_rate=1, lr_scheduler="cosine", lr_warmup_steps=5), 30)
+    compare(file, key, [cosine(n) for n in range(5)], (data[key][:5] - 0.01) / 0.99, rtol=1e-12)
+    compare(file, key, [cosine(n) for n in range(5, 31)], (data[key][5:31] - 0.1) / 0.9, rtol=1e-12, floor=1)
+    other = learning_rate(Optimizer(learning_rate=1, lr_scheduler="cosine", lr_warmup_steps=5), 31)
+    assert other(18) != pytest.approx((data[key][18] - 0.1) / 0.9, rel=0.01)

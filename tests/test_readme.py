@@ -89,8 +89,8 @@ def test_the_objective_of_the_readme_is_one(monkeypatch):
     names: dict = {}
     assert block.count("train(cfg, objective=objective)") == 1
     exec(block.replace("train(cfg, objective=objective)", ""), names)
-    snr, c_out = torch.tensor([1e-9, 5.0, 1e9], dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    assert names["objective"].weighting(snr, c_out) == pytest.approx([1e-9, 2.5, 5.0])
-    assert names["objective"].weighting(snr, 2 * c_out)[1] == 10
+    snr, scale = torch.tensor([1e-9, 5.0, 1e9], dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    assert names["objective"].weighting(snr, scale) == pytest.approx([1e-9, 2.5, 5.0])
+    assert names["objective"].weighting(snr, 2 * scale)[1] == 5  # of x0, whose loss is `scale` times the output's
     plain = names["build_objective"](names["cfg"].objective, clip_sample=False)
-    assert plain.weighting(snr, c_out).tolist() != pytest.approx([1e-9, 2.5, 5.0])
+    assert plain.weighting(snr, scale).tolist() != pytest.approx([1e-9, 2.5, 5.0])

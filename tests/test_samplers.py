@@ -2,7 +2,6 @@
 
 from functools import partial
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +14,12 @@ from finetune.sample import generate, grid, load_pipeline
 from finetune.samplers import SOLVERS, Churn, euler, flow_sigmas, heun, karras_sigmas
 from finetune.schedulers import with_scheduler
 from forked import log, run
+from golden_numbers import arrays, compare
 from tiny import config
 from tiny_models import scheduler
 
-GOLDEN = Path(__file__).parent / "golden"
-K, SGM, SCHEDULES = (np.load(GOLDEN / f"{name}.npz") for name in ("kdiff_samplers", "sgm_samplers", "kdiff_schedules"))
+K, SGM = arrays("kdiff_samplers"), arrays("sgm_samplers")
+CLOSE = {"rtol": 2e-6, "floor": 1.0}  # ten or more float32 steps from 80 down to 1
 
 
 def denoise(x, sigma):
@@ -32,20 +32,25 @@ def train(cfg):
     finetune.run.train(cfg)
 
 
-def close(ours, golden):
-    np.testing.assert_allclose(ours.numpy(), golden, rtol=2e-5, atol=2e-5)
+@pytest.mark.parametrize("steps", [10, 18, 50])
+def test_sigmas_are_those_of_k_diffusion(steps):
+    compare("kdiff_schedules", f"karras_{steps}", karras_sigmas(steps), rtol=2e-6)  # theirs: seventh powers in float32
+    latent = karras_sigmas(10, sigma_min=0.0292, sigma_max=14.6146, rho=5)
+    compare("kdiff_schedules", "karras_10_0.0292_14.6146_rho5", latent, rtol=2e-6)
+    assert not np.allclose(karras_sigmas(steps, rho=5), arrays("kdiff_schedules")[f"karras_{steps}"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("key", [key for key in SCHEDULES.files if key == "karras_10"])
-def test_sigmas_are_those_of_k_diffusion(key):
-    np.testing.assert_allclose(karras_sigmas(10).numpy(), SCHEDULES[key], rtol=2e-6)
-    assert not np.allclose(karras_sigmas(10, rho=5).numpy(), SCHEDULES[key], rtol=1e-3)
+def test_sigmas_are_those_of_generative_models():
+    for steps in (10, 20, 50):
+        compare("sgm_discretization", f"EDM_{steps}", karras_sigmas(steps), rtol=2e-6)
+    other = karras_sigmas(18, sigma_min=0.01, sigma_max=20, rho=5)
+    compare("sgm_discretization", "EDM_18_smin0.01_smax20_rho5_nozero_flip", other[:-1].flip(0), rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_steps_are_those_of_k_diffusion(name):
     sample = SOLVERS[name](denoise, torch.tensor(K["x_start"]), karras_sigmas(10))
-    close(sample, K[f"{name}/final"])
+    compare("kdiff_samplers", f"{name}/final", sample, **CLOSE)
     other = {"euler": "heun", "heun": "euler"}[name]
     assert np.abs(sample.numpy() - K[f"{other}/final"]).max() > 1e-3
 
@@ -59,7 +64,7 @@ def test_steps_are_those_of_generative_models(solver, churned):
     given = {"churn": churn(s_churn=5, s_noise=1.003)} if churned else {}
     key = f"{solver}EDM_edm_10{'_churn' * churned}/final"
     sample = SOLVERS[solver.lower()](denoise, x, sigmas, **given)
-    close(sample, SGM[key])
+    compare("sgm_samplers", key, sample, **CLOSE)
     assert next(calls) > 3 or not churned
 
 

@@ -210,11 +210,15 @@ def _source(cfg: TrainConfig) -> str:
 
 def _training_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
     objective, optimizer, environment = cfg.objective, cfg.optimizer, run.get("environment", {})
-    levels = f"levels {objective.levels.kind}"
-    if objective.kind == "ddpm":
+    if objective.kind == "custom":
+        described = f"{objective.target}, code that is not part of this model"
+    elif objective.kind == "ddpm":
         levels = f"{objective.beta_schedule} schedule, {objective.num_train_timesteps} levels"
+        described = f"ddpm, {objective.prediction_type}, {levels}"
+    else:
+        described = f"{objective.kind}, {objective.prediction_type}, levels {objective.levels.kind}"
     rows = {
-        "objective": f"{objective.kind}, {objective.prediction_type}, {levels}",
+        "objective": described,
         "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g}, betas {optimizer.adam_beta1:g} and "
         f"{optimizer.adam_beta2:g}, weight decay {optimizer.adam_weight_decay:g}",
         "schedule": f"{optimizer.lr_scheduler}, {optimizer.lr_warmup_steps} steps of warm-up",

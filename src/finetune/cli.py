@@ -88,7 +88,7 @@ def train(argv: list[str]) -> None:
     """Train from a recipe and options; what `accelerate launch train_unet.py` runs in each process."""
     from finetune.config_io import load_or_exit
 
-    cfg = load_or_exit(argv)
+    loaded = load_or_exit(argv)
 
     from finetune.run import train
 
@@ -96,7 +96,7 @@ def train(argv: list[str]) -> None:
         from finetune.signals import die_with_parent
 
         die_with_parent()
-    train(cfg)
+    train(loaded.config, trust=loaded.trust)
 
 
 def _sample(argv: list[str]) -> None:

@@ -10,13 +10,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from pydantic import TypeAdapter, ValidationError
 
 from finetune.config import TrainConfig
 from finetune.config_launch import ACCUMULATION, PRECISION, batch_plan, launch_settings
-from finetune.config_options import UNSET, Draft, Option, Origin, read_options, split
+from finetune.config_options import UNSET, Draft, Option, Origin, read_options, read_trust, require_trust, split
 from finetune.config_tree import ALL_SETTINGS, SECTIONS, SETTINGS, Setting, active, closest, help_text
 from finetune.config_words import merged, show, word
 from finetune.config_yaml import MAX_BYTES, read_mapping, write_mapping
@@ -27,10 +27,12 @@ _ADAPTER = TypeAdapter(TrainConfig)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A config, and for each setting that was given the place: `recipe.yaml:12`, `--option` or `launcher`."""
+    """A config, for each setting that was given the place: `recipe.yaml:12`, `--option` or `launcher`; and trust."""
 
     config: TrainConfig
     origins: dict[str, str]
+    trust: tuple[str, ...] = ()
+    """The packages whose code the command line allows to be imported."""
 
 
 def load(argv: Sequence[str], *, env: Mapping[str, str] = os.environ) -> TrainConfig:
@@ -42,11 +44,12 @@ def load(argv: Sequence[str], *, env: Mapping[str, str] = os.environ) -> TrainCo
     return read(argv, env=env).config
 
 
-def read(argv: Sequence[str], *, env: Mapping[str, str] = os.environ) -> Loaded:
-    """As load, with the origin of every setting."""
+def read(argv: Sequence[str], *, env: Mapping[str, str] = os.environ, to_run: bool = False) -> Loaded:
+    """As load, with the origin of every setting. to_run: refuse code of the user's own that is not trusted."""
     draft = Draft()
     options = list(split(argv, draft))
-    over = read_options([option for option in options if option.name != "config"])
+    over = read_options([option for option in options if option.name not in ("config", "trust")])
+    trust = read_trust([option for option in options if option.name == "trust"], draft)
     draft.problems += over.problems
     draft.suspect |= over.suspect
     try:
@@ -56,8 +59,10 @@ def read(argv: Sequence[str], *, env: Mapping[str, str] = os.environ) -> Loaded:
     draft.add(entries, Origin((0, 0), name))
     _override(draft, over)
     _require_data(draft)
+    if to_run:
+        require_trust(draft, trust)
     place = f"set neither in {name} nor" if name else "not set"
-    return _launched(_validate(draft, f"{place} on the command line"), draft, env)
+    return replace(_launched(_validate(draft, f"{place} on the command line"), draft, env), trust=trust)
 
 
 def load_text(text: str, *, name: str = "config.yaml") -> TrainConfig:
@@ -106,15 +111,15 @@ def config_main(argv: Sequence[str], *, env: Mapping[str, str] = os.environ) -> 
     return 0
 
 
-def load_or_exit(argv: Sequence[str] | None = None, *, env: Mapping[str, str] = os.environ) -> TrainConfig:
-    """load for a script: --help prints the settings and exits with 0, mistakes are printed and exit with 2."""
+def load_or_exit(argv: Sequence[str] | None = None, *, env: Mapping[str, str] = os.environ) -> Loaded:
+    """read, to run it, for a script: --help prints the settings and exits with 0, mistakes exit with 2."""
     words = sys.argv[1:] if argv is None else list(argv)
     if "--help" in words or "-h" in words:
         if is_main_process(env):
             print(help_text(os.path.basename(sys.argv[0])), end="")
         raise SystemExit(0)
     try:
-        return load(words, env=env)
+        return read(words, env=env, to_run=True)
     except ConfigError as error:
         raise SystemExit(report(error, env=env)) from None
 
@@ -275,7 +280,7 @@ def _stand_in(setting: Setting) -> object:
     """A valid value for a required setting that is missing, so that the rest can be checked."""
     if setting.choices:
         return setting.choices[0]
-    return "?" if "str" in setting.types else [] if "tuple" in setting.types else 1
+    return "stand.in" if "str" in setting.types else [] if "tuple" in setting.types else 1
 
 
 def _refuse_value(draft: Draft, setting: Setting, item: int | None, error: dict) -> None:

@@ -10,7 +10,37 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.config_types import Count, Float, Fraction, Positive, PositiveOrZero, section
+from finetune.config_types import Count, Float, Fraction, Params, Positive, PositiveOrZero, Target, section
+
+# ---- your own
+
+
+@section
+class Custom:
+    """Your own code: the target is imported if the command line trusts its package, and called with the params."""
+
+    kind: Literal["custom"]
+    target: Target
+    """Full name of your class or function, such as my_package.module.MyClass; needs --trust my_package."""
+    params: Params = Field(default_factory=dict)
+    """Its keyword arguments."""
+
+
+@section
+class CustomLoss(Custom):
+    """Your own: target(**params) is a finetune.objective.regression.Regression."""
+
+
+@section
+class CustomWeighting(Custom):
+    """Your own: target(**params) is a function (snr, scale) -> weight as in finetune/objective/weighting.py."""
+
+
+@section
+class CustomLevels(Custom):
+    """Your own: target(**params) has the method sample of finetune.objective.levels.LevelSampler; nothing else, such as
+    a shift, is applied to its levels."""
+
 
 # ---- loss
 
@@ -38,7 +68,7 @@ class Huber:
     """Error c at which squared turns into absolute (0.1 as in diffusers' scripts)."""
 
 
-Loss = Annotated[L2 | L1 | Huber, Field(discriminator="kind")]
+Loss = Annotated[L2 | L1 | Huber | CustomLoss, Field(discriminator="kind")]
 
 # ---- weighting
 
@@ -48,6 +78,13 @@ class NoWeighting:
     """1 on the network's output, whatever it predicts (Ho et al. 2020; for EDM the paper's own weighting)."""
 
     kind: Literal["none"] = "none"
+
+
+@section
+class X0:
+    """1 on the error of x0, at every level (generative-models' UnitWeighting)."""
+
+    kind: Literal["x0"]
 
 
 @section
@@ -125,7 +162,7 @@ class Uncertainty:
     """Width of u."""
 
 
-_BySNR = NoWeighting | SNR | MinSNR | SoftMinSNR | EDMWeighting | P2 | Debiased
+_BySNR = NoWeighting | X0 | SNR | MinSNR | SoftMinSNR | EDMWeighting | P2 | Debiased | CustomWeighting
 Weighting = Annotated[_BySNR, Field(discriminator="kind")]
 WeightingEDM = Annotated[_BySNR | Uncertainty, Field(discriminator="kind")]
 WeightingFlow = Annotated[_BySNR | SigmaSqrt | CosMapWeighting, Field(discriminator="kind")]
@@ -170,10 +207,21 @@ class LogNormal(_Levels):
 
 
 @section
-class VDiffusion(_Levels):
-    """sigma = sigma_data tan(pi u / 2), u uniform: the levels of a cosine schedule (Salimans & Ho 2022)."""
+class LogLogistic(_Levels):
+    """ln sigma is logistic: as log_normal, with more levels far out (k-diffusion)."""
 
-    kind: Literal["v_diffusion"]
+    kind: Literal["log_logistic"]
+    logistic_loc: Float = math.log(0.5)
+    """Mean of ln sigma (ln 0.5, which is ln sigma_data, in k-diffusion)."""
+    logistic_scale: Positive = 0.5
+    """Scale; the standard deviation of ln sigma is 1.81 times that (0.5 in k-diffusion)."""
+
+
+@section
+class LogUniform(_Levels):
+    """Every ln sigma between two bounds equally often (k-diffusion)."""
+
+    kind: Literal["log_uniform"]
     sigma_min: Positive = 0.002
     """Smallest sigma."""
     sigma_max: Positive = 80.0
@@ -182,6 +230,13 @@ class VDiffusion(_Levels):
     def __post_init__(self) -> None:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
+
+
+@section
+class VDiffusion(LogUniform):
+    """sigma = sigma_data tan(pi u / 2), u uniform: the levels of a cosine schedule (Salimans & Ho 2022)."""
+
+    kind: Literal["v_diffusion"]
 
 
 @section
@@ -211,6 +266,6 @@ class CosMap(_Levels):
     kind: Literal["cosmap"]
 
 
-Levels = Annotated[Uniform | LossSecondMoment | LogitNormal, Field(discriminator="kind")]
-LevelsEDM = Annotated[LogNormal | VDiffusion, Field(discriminator="kind")]
-LevelsFlow = Annotated[Uniform | LogitNormal | Mode | CosMap, Field(discriminator="kind")]
+Levels = Annotated[Uniform | LossSecondMoment | LogitNormal | CustomLevels, Field(discriminator="kind")]
+LevelsEDM = Annotated[LogNormal | LogLogistic | LogUniform | VDiffusion | CustomLevels, Field(discriminator="kind")]
+LevelsFlow = Annotated[Uniform | LogitNormal | Mode | CosMap | CustomLevels, Field(discriminator="kind")]

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from finetune.config_levels import (
     L2,
+    Custom,
     Levels,
     LevelsEDM,
     LevelsFlow,
@@ -22,7 +23,7 @@ from finetune.config_levels import (
     WeightingEDM,
     WeightingFlow,
 )
-from finetune.config_types import Decay, Int, Positive, PositiveOrZero, section
+from finetune.config_types import Count, Decay, Int, Positive, PositiveOrZero, section
 
 # ---- variance of the reverse process
 
@@ -196,7 +197,15 @@ class Flow(_Objective):
     weighting: WeightingFlow = Field(default_factory=NoWeighting)
 
 
-Objective = Annotated[DDPM | EDM | Flow, Field(discriminator="kind")]
+@section
+class CustomObjective(Custom):
+    """Your own: target(**params) is a finetune.objective.Objective."""
+
+    out_channels_factor: Count = 1
+    """Output channels of the network over channels of the data (2 with a learned variance)."""
+
+
+Objective = Annotated[DDPM | EDM | Flow | CustomObjective, Field(discriminator="kind")]
 
 
 def space_timesteps(num_timesteps: int, respacing: str) -> tuple[int, ...]:

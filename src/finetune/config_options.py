@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from finetune.config_flags import REFUSED, RENAMED, SELECTS
 from finetune.config_tree import LEAVES, SECTIONS, SETTINGS, closest, nearest
+from finetune.config_types import check_target
 from finetune.config_words import show
 from finetune.config_yaml import Entry, read_value
 from finetune.errors import ConfigError
@@ -72,6 +73,8 @@ class Draft:
             near = closest(path, SECTIONS)
             return "no such section" + (f"; did you mean {near}?" if near else "")
         leaf = path.rpartition(".")[2]
+        if leaf == "trust":
+            return "no such setting: only the command line can say whose code may run: --trust my_package"
         if leaf in REFUSED:
             return f"no such setting: {REFUSED[leaf]}"
         near = RENAMED.get(leaf) or nearest(path)
@@ -127,6 +130,31 @@ def read_options(options: Sequence[Option]) -> Draft:
             path, kind = SELECTS[option.name]
             draft.given[path] = Given(kind, option.origin)
     return draft
+
+
+def read_trust(options: Sequence[Option], draft: Draft) -> tuple[str, ...]:
+    """The packages whose code may be imported, of `--trust package` options."""
+    for option in options:
+        if not option.words or not all(word.isidentifier() for word in option.words):
+            given = " ".join(map(show, option.words)) or "no value"
+            draft.refuse("trust", f"expected the name of your package, without dots, got {given}", option.origin)
+    return tuple(dict.fromkeys(word for option in options for word in option.words))
+
+
+def require_trust(draft: Draft, trust: Sequence[str]) -> None:
+    """Refuse each target of the user's own code whose package is not trusted."""
+    for path, (target, origin) in list(draft.given.items()):
+        section, _, leaf = path.rpartition(".")
+        kind = draft.given.get(f"{section}.kind")
+        if leaf != "target" or not kind or kind.value != "custom":
+            continue
+        try:
+            package = check_target(target).partition(".")[0]
+        except (TypeError, ValueError):
+            continue  # which is said of it in any case
+        if package not in trust:
+            draft.refuse(path, f"{target} is code, which a configuration alone cannot have run: if it is yours, add "
+                         f"--trust {package} to the command", origin)  # fmt: skip
 
 
 def _path(option: Option, draft: Draft) -> str | None:

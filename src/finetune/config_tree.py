@@ -196,6 +196,7 @@ def help_text(program: str) -> str:
         "A true-or-false setting without a value means true; a list takes several values, or [a, b]; null unsets.",
         "A kind chosen on the command line replaces that whole section of the recipe.",
         "The names of diffusers' training scripts (--num_epochs, --push_to_hub, ...) are accepted too.",
+        "--trust PACKAGE allows code of yours to be imported that a `kind: custom` names (docs/extending.md).",
         "",
     ]
     titles: set[str] = {""}
@@ -229,6 +230,8 @@ def _title(setting: Setting) -> str:
 
 
 def _shown(value: object) -> str:
+    if value == {}:
+        return "none"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)

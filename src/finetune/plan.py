@@ -10,6 +10,7 @@ from finetune.config import TrainConfig
 if TYPE_CHECKING:
     from torch import nn
 
+    from finetune.config_levels import Levels, Loss, Weighting
     from finetune.trainer import Trainer
 
 
@@ -109,6 +110,8 @@ def count(n: int) -> str:
 def objective_line(cfg: TrainConfig) -> str:
     """Process, what is predicted, how levels are drawn, and how the loss is weighted; only what is not the default."""
     objective = cfg.objective
+    if objective.kind == "custom":
+        return objective.target
     parts = [objective.kind] + [objective.prediction_type] * (objective.prediction_type != objective.kind)
     if objective.kind == "ddpm":
         respaced = f" respaced to {objective.respacing}" if objective.respacing else ""
@@ -116,14 +119,19 @@ def objective_line(cfg: TrainConfig) -> str:
         parts.append(f"{objective.beta_schedule} schedule" + ", zero terminal SNR" * objective.rescale_betas_zero_snr)
         if objective.variance.kind == "learned_range" or objective.variance.vb_loss != "none":
             parts.append(f"{objective.variance.kind} variance, vb loss {objective.variance.vb_loss}")
-    parts.append(f"levels {objective.levels.kind}" + " stratified" * objective.levels.stratified)
+    stratified = objective.levels.kind != "custom" and objective.levels.stratified
+    parts.append(f"levels {_named(objective.levels)}" + " stratified" * stratified)
     if objective.weighting.kind != "none":
-        parts.append(f"weighting {objective.weighting.kind}")
+        parts.append(f"weighting {_named(objective.weighting)}")
     if objective.loss.kind != "l2":
-        parts.append(f"loss {objective.loss.kind}")
+        parts.append(f"loss {_named(objective.loss)}")
     noise = {"noise offset": objective.noise_offset, "input perturbation": objective.input_perturbation}
     noise["pyramid noise"] = objective.pyramid_noise_discount
     return ", ".join([*parts, *(f"{name} {strength:g}" for name, strength in noise.items() if strength)])
+
+
+def _named(choice: Levels | Weighting | Loss) -> str:
+    return choice.target if choice.kind == "custom" else choice.kind
 
 
 def optimizer_line(cfg: TrainConfig) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def train(cfg: TrainConfig, *, dataset: Dataset | None = None, objective: Objective | None = None) -> Path:
+def train(
+    cfg: TrainConfig,
+    *,
+    dataset: Dataset | None = None,
+    objective: Objective | None = None,
+    trust: Collection[str] = (),
+) -> Path:
     """Train what `cfg` describes, or go on where its output_dir stopped; export it; push it if asked to.
 
     dataset: an in-memory data set used instead of the one cfg.data names. objective: used instead of cfg.objective's.
-    Returns the folder of the exported pipeline.
+    trust: the packages whose code a `kind: custom` of cfg may name. Returns the folder of the exported pipeline.
     Runs in every process of `accelerate launch` and of `notebook_launcher(train, (cfg,))`.
     Raises the errors of finetune.errors; the weights are on the disk before the Hub is asked to take them.
     """
@@ -46,7 +53,7 @@ def train(cfg: TrainConfig, *, dataset: Dataset | None = None, objective: Object
     # Held here and not by the trainer, which a notebook's traceback keeps alive: the same cell must be able to resume.
     alone = lock.hold(Path(cfg.output_dir)) if is_main_process() else contextlib.nullcontext()
     with alone, without_loading_bars():
-        trainer = Trainer(cfg, dataset=dataset, objective=objective)
+        trainer = Trainer(cfg, dataset=dataset, objective=objective, trust=trust)
         trainer.accelerator.print(plan_text(trainer))
         trainer.fit()
         trainer.accelerator.end_training()  # what follows is the main process's alone: nobody must wait for it

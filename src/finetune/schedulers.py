@@ -69,8 +69,10 @@ def sampling_scheduler(training: SchedulerMixin, cfg: TrainConfig, space: Space)
         scheduler = with_scheduler(training, cfg.sample.scheduler, clip_sample=False)
         check_steps(scheduler, cfg.sample.num_inference_steps)
         return scheduler
-    check_objective(cfg)
-    explicit = cfg.objective.clip_sample
+    explicit = None
+    if cfg.objective.kind == "ddpm":
+        check_objective(cfg)
+        explicit = cfg.objective.clip_sample
     clip = isinstance(space, PixelSpace) if explicit is None else explicit
     if explicit and cfg.sample.scheduler not in ("ddpm", "ddim"):
         raise ConfigError(

@@ -101,3 +101,8 @@ def _step(line: str) -> int:
         return json.loads(line)["step"]
     except (ValueError, KeyError):  # a line that a crash cut short
         return sys.maxsize
+
+
+def due(step: int, every: int | None, last: int) -> bool:
+    """Whether something that is done every so many steps (None: never), and after the last, is to be done now."""
+    return step == last or (every is not None and step % every == 0)

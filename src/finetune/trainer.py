@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,12 +51,18 @@ class Trainer:
     """
 
     def __init__(
-        self, cfg: TrainConfig, *, dataset: Dataset | None = None, objective: Objective | None = None
+        self,
+        cfg: TrainConfig,
+        *,
+        dataset: Dataset | None = None,
+        objective: Objective | None = None,
+        trust: Collection[str] = (),
     ) -> None:
         """Load data and models and resume if `cfg.output_dir` holds checkpoints.
 
         dataset: an in-memory data set used instead of the one cfg.data names. objective: used instead of
-        cfg.objective's. Raises ConfigError, DataError or CheckpointError before anything is trained.
+        cfg.objective's. trust: the packages whose code cfg.objective may name. Raises ConfigError, DataError or
+        CheckpointError before anything is trained.
         """
         self.cfg = cfg
         self.output_dir = Path(cfg.output_dir)
@@ -75,7 +81,9 @@ class Trainer:
         self.space = build_space(cfg, device)
         self.conditioner = build_conditioner(cfg, self.data.class_names, device)
         clip = cfg.space.kind == "pixel"
-        self.objective = objective or build_objective(cfg.objective, clip_sample=clip, global_batch=self.global_batch)
+        self.objective = objective or build_objective(
+            cfg.objective, clip_sample=clip, global_batch=self.global_batch, trust=trust
+        )
         self.objective.to(device)
         self.unet = build_unet(cfg, self.space, self.conditioner, seed=cfg.seed).to(device)
         if cfg.train.gradient_checkpointing:
@@ -122,16 +130,16 @@ class Trainer:
             while self.step < self.steps:
                 taken = self.train_step(batches, meter)
                 bar.update(self.step - bar.n)
-                if taken and due(self.step, cfg.tracking.log_every, self.steps):
+                if taken and tracking.due(self.step, cfg.tracking.log_every, self.steps):
                     tracker.log(self._log_line(meter, bar), step=self.step)
                 if number := over_processes(self.accelerator, signals.received):
                     self.save(required=True)
                     raise preempted(number, self.step, how=how)
-                if taken and cfg.ema.snapshot_every and due(self.step, cfg.ema.snapshot_every, self.steps):
+                if taken and cfg.ema.snapshot_every and tracking.due(self.step, cfg.ema.snapshot_every, self.steps):
                     self.snapshot()  # before the checkpoint: what is resumed from has all that came before it
-                if taken and due(self.step, cfg.checkpoint.checkpointing_steps, self.steps):
+                if taken and tracking.due(self.step, cfg.checkpoint.checkpointing_steps, self.steps):
                     self.save(required=self.step == self.steps)
-                if taken and due(self.step, cfg.sample.sample_every, self.steps):
+                if taken and tracking.due(self.step, cfg.sample.sample_every, self.steps):
                     self.sample()
             if number := over_processes(self.accelerator, signals.received):  # while the last samples were drawn
                 raise preempted(number, self.step, how=how)
@@ -337,8 +345,3 @@ class Trainer:
         }
         bar.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", img_s=f"{line['images_per_second']:.1f}")
         return line
-
-
-def due(step: int, every: int | None, last: int) -> bool:
-    """Whether something that is done every so many steps (None: never), and after the last, is to be done now."""
-    return step == last or (every is not None and step % every == 0)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from finetune.config_objective import space_timesteps
+from finetune.errors import ConfigError
 from finetune.objective import levels, regression, weighting
 from finetune.objective.likelihood import Posterior
 from finetune.objective.noise import Noise
 from finetune.objective.objective import Objective, VariationalLoss
 from finetune.objective.prediction import Prediction
 from finetune.objective.process import NoiseProcess, RectifiedFlow, VarianceExploding
+from finetune.own_code import described, make
+from finetune.seeding import PositionRandom
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -21,24 +25,63 @@ if TYPE_CHECKING:
     import finetune.config_objective as config
 
 
-def build_objective(cfg: config.Objective, *, clip_sample: bool, global_batch: int = 1) -> Objective:
+def build_objective(
+    cfg: config.Objective, *, clip_sample: bool, global_batch: int = 1, trust: Collection[str] = ()
+) -> Objective:
     """The objective of the config's `objective` section, with the diffusers scheduler that it trains and exports.
 
     clip_sample: what an unset cfg.clip_sample means; right for x0 in [-1, 1], wrong for latents. Sampling only.
-    global_batch: samples per optimizer step, over which stratified levels are spread.
+    global_batch: samples per optimizer step, over which stratified levels are spread. trust: the packages whose code
+    a `kind: custom` may name. Raises ConfigError if that code is not trusted or does not make what it should.
     """
+    if cfg.kind == "custom":
+        return _own("objective", cfg, trust)
+    pieces = {"weighting": cfg.weighting, "levels": cfg.levels, "loss": cfg.loss}
+    own = {name: _own(f"objective.{name}", piece, trust) for name, piece in pieces.items() if piece.kind == "custom"}
+    if own:
+        plain = type(cfg)(kind=cfg.kind)
+        cfg = replace(cfg, **{name: vars(plain)[name] for name in own})
+        own |= {"regression": own.pop("loss")} if "loss" in own else {}
     match cfg.kind:
         case "ddpm":
-            return _ddpm(cfg, clip_sample, global_batch)
+            return replace(_ddpm(cfg, clip_sample, global_batch), **own)
         case "edm":
-            return _edm(cfg, global_batch)
-    return _flow(cfg, global_batch)
+            return replace(_edm(cfg, global_batch), **own)
+    return replace(_flow(cfg, global_batch), **own)
+
+
+THREE = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+OWN: dict[str, tuple[str, Callable]] = {
+    "objective": ("a finetune.objective.Objective", lambda piece: isinstance(piece, Objective)),
+    "objective.loss": (
+        "a finetune.objective.regression.Regression", lambda piece: isinstance(piece, regression.Regression)
+    ),
+    "objective.weighting": (
+        "a function of snr [B] and scale [B], float64, that returns the weights [B]",
+        lambda piece: piece(THREE, THREE).shape == (3,),
+    ),
+    "objective.levels": (
+        "an object whose sample(random) returns levels [B] and weights [B]",
+        lambda piece: [part.shape for part in piece.sample(PositionRandom(0, torch.arange(3)))] == [(3,), (3,)],
+    ),
+}  # fmt: skip
+"""What the target of a custom setting makes, in words and as a trial."""
+
+
+def _own(setting: str, cfg: config.Custom, trust: Collection[str]) -> object:
+    piece, (words, is_right) = make(setting, cfg, trust), OWN[setting]
+    try:
+        problem = "" if is_right(piece) else f"got {type(piece).__name__}"
+    except Exception as error:
+        problem = described(error)
+    if problem:
+        raise ConfigError(f"{setting}: {cfg.target} must make {words}; {problem}")
+    return piece
 
 
 def _ddpm(cfg: config.DDPM, clip_sample: bool, global_batch: int) -> Objective:
     """Ho et al. 2020 (epsilon, linear), Salimans & Ho 2022 (v_prediction), Nichol & Dhariwal 2021 (learned_range,
     respacing), Lin et al. 2023 (rescale_betas_zero_snr) are settings of it."""
-    assert not (cfg.rescale_betas_zero_snr and cfg.prediction_type == "epsilon"), "x0 = (x_T - noise) / 0 at the end"
     scheduler = _ddpm_scheduler(cfg, clip_sample)
     process = NoiseProcess.from_scheduler(
         scheduler,
@@ -144,6 +187,7 @@ def _weighting(cfg: config.WeightingEDM | config.WeightingFlow) -> weighting.Wei
             return weighting.p2(cfg.p2_k, cfg.p2_gamma)
     return {
         "none": weighting.constant,
+        "x0": weighting.x0,
         "snr": weighting.by_snr,
         "debiased": weighting.debiased,
         "sd3_sigma_sqrt": weighting.sigma_sqrt,
@@ -181,6 +225,11 @@ def _unit_levels(cfg: config.Levels | config.LevelsFlow) -> Callable[[torch.Tens
 
 def _sigmas(cfg: config.EDM) -> Callable[[torch.Tensor], torch.Tensor]:
     """u -> sigma."""
-    if cfg.levels.kind == "v_diffusion":
-        return levels.v_diffusion(cfg.sigma_data, cfg.levels.sigma_min, cfg.levels.sigma_max)
+    match cfg.levels.kind:
+        case "log_logistic":
+            return levels.log_logistic(cfg.levels.logistic_loc, cfg.levels.logistic_scale)
+        case "log_uniform":
+            return levels.log_uniform(cfg.levels.sigma_min, cfg.levels.sigma_max)
+        case "v_diffusion":
+            return levels.v_diffusion(cfg.sigma_data, cfg.levels.sigma_min, cfg.levels.sigma_max)
     return levels.log_normal(cfg.levels.p_mean, cfg.levels.p_std)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from finetune.seeding import PositionRandom
 
 
+@runtime_checkable
 class LevelSampler(Protocol):
     """Draws noise levels."""
 
@@ -101,6 +102,16 @@ class LossSecondMoment:
 def log_normal(mean: float, std: float) -> Callable[[Tensor], Tensor]:
     """u -> sigma with ln sigma ~ N(mean, std^2) (Karras et al. 2022, table 1)."""
     return lambda u: torch.exp(mean + std * torch.special.ndtri(u))
+
+
+def log_logistic(loc: float, scale: float) -> Callable[[Tensor], Tensor]:
+    """u -> sigma with ln sigma ~ Logistic(loc, scale) (k-diffusion)."""
+    return lambda u: torch.exp(loc + scale * torch.logit(u))
+
+
+def log_uniform(sigma_min: float, sigma_max: float) -> Callable[[Tensor], Tensor]:
+    """u -> sigma between sigma_min and sigma_max, every ln sigma as likely (k-diffusion)."""
+    return lambda u: sigma_min * (sigma_max / sigma_min) ** u
 
 
 def v_diffusion(sigma_data: float, sigma_min: float, sigma_max: float) -> Callable[[Tensor], Tensor]:

@@ -21,6 +21,11 @@ def constant(snr: Tensor, scale: Tensor) -> Tensor:
     return torch.ones_like(snr)
 
 
+def x0(snr: Tensor, scale: Tensor) -> Tensor:
+    """w = 1 on x0 (generative-models' UnitWeighting)."""
+    return scale
+
+
 def by_snr(snr: Tensor, scale: Tensor) -> Tensor:
     """w = SNR on x0: the squared error of the noise."""
     return snr * scale
