@@ -27,6 +27,7 @@ SOURCES = (
     ("conditioning", "text_encoder"),
     ("conditioning", "tokenizer"),
     ("model", "pretrained_model_name_or_path"),
+    ("sample", "autoguidance"),
 )
 """The settings that hold a Hub id or a local path."""
 

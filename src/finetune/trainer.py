@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from finetune import checkpoint, sample, tracking
+from finetune.autoguidance import load_guide
 from finetune.batching import Batch, make_loader
 from finetune.conditioning import build_conditioner
 from finetune.config import TrainConfig
@@ -78,6 +79,8 @@ class Trainer:
         self.objective = objective or build_objective(cfg.objective, clip_sample=clip, global_batch=self.global_batch)
         self.objective.to(device)
         self.unet = build_unet(cfg, self.space, self.conditioner, seed=cfg.seed).to(device)
+        weaker = cfg.sample.autoguidance
+        self.guide = None if weaker is None else load_guide(weaker, self.unet)
         if cfg.train.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         if cfg.train.channels_last:
@@ -269,7 +272,8 @@ class Trainer:
 
     def pipeline(self) -> DiffusionPipeline:
         """The pipeline around the live modules (no copies). Inside `averaged_weights` it samples from the average."""
-        return build_pipeline(self.unet, self.space, self.conditioner, self.objective.scheduler, self.cfg)
+        parts = (self.unet, self.space, self.conditioner, self.objective.scheduler)
+        return build_pipeline(*parts, self.cfg, guide=self.guide)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
