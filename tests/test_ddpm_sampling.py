@@ -271,6 +271,15 @@ def test_zero_terminal_snr_starts_where_there_is_no_signal():
         assert abs(float(sample.mean()) - MEAN) < 0.005 and abs(float(sample.std()) - STD) < 0.012
 
 
+def test_one_step_is_the_prediction():
+    training, x = DDPMScheduler(prediction_type="sample"), torch.ones(1, 1, 2)
+    for name in ("ddpm", "ddim"):
+        scheduler = with_scheduler(training, name, clip_sample=True)
+        sampler = Sampler(scheduler=scheduler, settings=Sampling(num_inference_steps=1))
+        assert torch.equal(sampler(lambda x, time, ratio: 0.3 * x + 0 * time, x), 0.3 * x)
+        assert torch.equal(sampler(lambda x, time, ratio: 3.0 * x, x), x), "clipped"
+
+
 # ---- which timesteps
 
 

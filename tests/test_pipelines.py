@@ -20,7 +20,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from finetune.conditioning import Unconditional
 from finetune.config_objective import space_timesteps
 from finetune.config_sample import Sampling
-from finetune.conversion import as_unet_pipeline
+from finetune.conversion import as_unet_pipeline, set_sampler
 from finetune.errors import ConfigError
 from finetune.pipelines import UNetPipeline, build_pipeline
 from finetune.sample import generate
@@ -335,6 +335,24 @@ def test_the_sampler_carries_the_noise_of_the_training(parts, name, space_kind):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+def test_another_sampler_keeps_what_was_trained(parts, name):  # noqa: F811
+    """Learned variance, respaced, 100 timesteps as 1000; what only the old sampler uses goes back to none."""
+    objective = RANGE | {"num_train_timesteps": 100, "rescale_timesteps": True}
+    sample = {"scheduler": "ddim", "eta": 0.5, "num_inference_steps": 5}
+    cfg = config(parts, condition="class_label", objective=objective, sample=sample)
+    pipeline = pipeline_of(cfg, num_train_timesteps=100, variance_type="learned_range")
+    start = latents(pipeline)
+    set_sampler(pipeline, name)
+    assert pipeline.sampler().name == name and pipeline.config.rescale_timesteps
+    assert pipeline.config.eta == (0.5 if name == "ddim" else 0.0)
+    drawn = latents(pipeline)
+    assert drawn.isfinite().all() and torch.equal(drawn, start) == (name == "ddim")
+    set_sampler(pipeline, "ddpm")
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    assert latents(pipeline).isfinite().all()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_schedule_that_a_class_does_not_know_is_given_as_numbers(name):
     training = scheduler(beta_schedule="sigmoid", beta_start=0.001, beta_end=0.015)
     sampler = with_scheduler(training, name, clip_sample=False)
@@ -534,7 +552,7 @@ def test_our_pipeline_draws_the_same_in_a_fresh_process(parts, tmp_path):  # noq
     guided = {"guidance_scale": 3.0, "scheduler": "dpmsolver++"}
     cases = [
         (("pixel", "class_label", "unet2d"), guided),
-        (("latent", "pooled_text", "unet2d"), guided),
+        (("latent", "pooled_text", "unet2d"), {**guided, "scheduler": "ddim", "eta": 0.5, "guidance_rescale": 0.7}),
         (("pixel", "text", "unet2d_condition"), guided),
         (("latent", "none", "unet2d_condition"), {}),
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import EDMEulerScheduler
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -137,6 +137,34 @@ def test_orders_of_convergence():
     assert 1.8 < error[euler, 64] / error[euler, 128] < 2.2
     assert 3.4 < error[heun, 64] / error[heun, 128] < 4.6
     assert float(flow_sigmas(10, shift=3)[-2]) == pytest.approx(0.25)  # 3 (0.1) / 1.2: shifted once
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver", "steps", "churn"),
+    [("edm", "euler", 400, 0.0), ("edm", "heun", 40, 0.0), ("edm", "heun", 80, 20.0), ("edm", "euler", 800, 20.0),
+     ("flow", "euler", 400, 0.0), ("flow", "heun", 60, 0.0)],
+)  # fmt: skip
+def test_the_data_of_an_exact_denoiser_are_drawn(kind, solver, steps, churn):
+    """x0 of N(0.1, 0.2^2), through the parametrisation of the network."""
+    ours = EDMEulerScheduler() if kind == "edm" else FlowMatchEulerDiscreteScheduler()
+    process, prediction = process_of(ours)
+
+    def network(read, time, ratio):
+        sigma = torch.tensor([ratio if kind == "edm" else float(time) / 1000], dtype=torch.float64)
+        alpha, s = torch.ones_like(sigma) if kind == "edm" else 1 - sigma, float(sigma)
+        x, a = read * float((sigma**2 + 0.25).sqrt() if kind == "edm" else 1), float(alpha)
+        x0 = 0.1 + a * 0.04 * (x - 0.1 * a) / (a**2 * 0.04 + s**2)
+        c_skip, c_out = prediction.pair(alpha, sigma)
+        return (x0 - float(c_skip) * x) / float(c_out)
+
+    generator = torch.Generator().manual_seed(0)
+    sampler = Sampler(scheduler=ours, solver=solver, settings=Sampling(num_inference_steps=steps, s_churn=churn))
+    sampler.check()
+    sample = sampler(network, torch.randn((50000, 1), generator=generator), generator)
+    assert abs(float(sample.mean()) - 0.1) < 0.004 and abs(float(sample.std()) - 0.2) < 0.004
+    few = Sampler(scheduler=ours, solver="euler", settings=Sampling(num_inference_steps=6))
+    rough = few(network, torch.randn((50000, 1), generator=generator), generator)
+    assert abs(float(rough.std()) - 0.2) > 0.02, "negative control: six steps are too few"
 
 
 def test_a_sampler_of_another_noise_is_refused():
