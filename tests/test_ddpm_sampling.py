@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
 from finetune.config_objective import space_timesteps
 from finetune.config_sample import Sampling, visited_timesteps
@@ -320,3 +320,17 @@ def test_what_a_sampler_does_not_use_is_refused(name, settings, message):
     scheduler = with_scheduler(DDPMScheduler(), name, clip_sample=False)
     with pytest.raises(ConfigError, match=message):
         Sampler(scheduler=scheduler, settings=Sampling(**settings)).check()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDPMScheduler(variance_type="fixed_small_log"), "variance_type fixed_small_log: it must be one of"),
+        (DDIMScheduler(thresholding=True), "thresholding"),
+        (EulerDiscreteScheduler(), "timesteps that were not trained .objective.respacing 50"),
+    ],
+)
+def test_schedulers_that_would_sample_something_else_are_refused(scheduler, message):
+    trained = "50" if isinstance(scheduler, EulerDiscreteScheduler) else None
+    with pytest.raises(ConfigError, match=message):
+        Sampler(scheduler=scheduler, settings=Sampling(num_inference_steps=10), trained_respacing=trained).check()

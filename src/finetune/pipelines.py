@@ -121,8 +121,7 @@ class UNetPipeline(DiffusionPipeline):
         as in the pipeline's config. Raises ConfigError for arguments that contradict the pipeline or each other.
         """
         wanted, n = self._wanted(prompt, class_labels, batch_size)
-        steps = {"num_inference_steps": num_inference_steps}
-        sampler = self.sampler(**steps, guidance_scale=guidance_scale, **further)
+        sampler = self.sampler(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **further)
         settings, space = sampler.settings, self.space()
         if output_type not in ("pil", "pt", "np", "latent"):
             raise ConfigError(f"output_type must be pil, pt, np or latent, got {output_type!r}")

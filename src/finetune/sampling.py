@@ -6,7 +6,7 @@ import inspect
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin
@@ -17,7 +17,7 @@ from torch import Tensor
 from finetune.config_sample import DEFAULT_STEPS, Sampling, trained_timesteps, unused, visited_timesteps
 from finetune.errors import ConfigError
 from finetune.guidance import Guided
-from finetune.objective.likelihood import Posterior
+from finetune.objective.likelihood import Posterior, VarianceType
 from finetune.objective.prediction import Prediction
 from finetune.objective.process import NoiseProcess, VarianceExploding
 from finetune.samplers import SOLVERS, Churn, ancestral, ddim, flow_sigmas, karras_sigmas
@@ -61,17 +61,19 @@ class Sampler:
         """Raises ConfigError for a setting that the sampler does not use, and for steps that it cannot take."""
         if problems := [f"{setting}: {problem}" for setting, problem in unused(self.name, self.settings)]:
             raise ConfigError("\n".join(problems))
-        if self.scheduler.config.get("thresholding"):
-            raise ConfigError("a scheduler with dynamic thresholding is not supported: set thresholding to false")
-        if isinstance(self.scheduler, KEPT):
-            assert len(self.timesteps)
-        elif self.trained_respacing is not None:
-            raise ConfigError(
-                f"{self.name} visits timesteps that were not trained (objective.respacing {self.trained_respacing}): "
-                "use ddpm or ddim"
-            )
-        else:
-            check_steps(self.scheduler, self.steps)
+        steps, config = self.steps, self.scheduler.config
+        if not isinstance(self.scheduler, KEPT):
+            if self.trained_respacing is not None:
+                raise ConfigError(
+                    f"{self.name} visits timesteps that were not trained (objective.respacing "
+                    f"{self.trained_respacing}): use ddpm or ddim"
+                )
+            check_steps(self.scheduler, steps)
+        elif config.get("thresholding"):
+            raise ConfigError("dynamic thresholding is not supported: set the scheduler's thresholding to false")
+        elif self.name == "ddpm" and config.variance_type not in get_args(VarianceType):
+            known = ", ".join(get_args(VarianceType))
+            raise ConfigError(f"the scheduler has variance_type {config.variance_type}: it must be one of {known}")
 
     @cached_property
     def timesteps(self) -> tuple[int, ...]:
