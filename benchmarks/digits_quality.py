@@ -59,7 +59,7 @@ def draw(run: Path, samples: int, seed: int, guidance_scale: float | None) -> tu
         **wanted,
         num_images=len(asked),
         seed=seed,
-        num_inference_steps=cfg.sample.num_inference_steps,
+        num_inference_steps=cfg.sampling_steps,
         guidance_scale=cfg.sample.guidance_scale if guidance_scale is None else guidance_scale,
         batch_size=50,
     )

@@ -79,8 +79,8 @@ def test_sample_draws_numbered_pictures_and_a_grid(finished, tmp_path, capsys):
         (["--prompt", "seven"], "this pipeline takes no prompts (conditioning class_label): leave them out"),
         (["--class_label", "eleven"], "--class_label eleven is not a number or one of zero, one,"),
         (["--class_label", "10"], "class labels are 0..9, got 10"),
-        (["--steps", "5000"], "num_inference_steps must lie in 1..1000 (num_train_timesteps), got 5000"),
-        (["--scheduler", "ddim", "--steps", "7"], "got 7: use 5 or 8, or another scheduler"),
+        (["--steps", "5000"], "num_inference_steps must lie in 1..1000 (the timesteps trained), got 5000"),
+        (["--scheduler", "unipc", "--steps", "61"], "a timestep outside 0..999: use 60, or another number"),
     ],
 )
 def test_sample_refuses_what_the_pipeline_cannot_do(finished, tmp_path, capsys, options, message):

@@ -19,6 +19,7 @@ from finetune.config_io import dump
 from finetune.evaluate import bits, load_subject, mean_and_error
 from finetune.models import bind
 from finetune.objective.likelihood import bits_per_dim
+from finetune.provenance import write_run_files
 from finetune.seeding import PositionRandom
 from finetune.trainer import Trainer
 from forked import log, run
@@ -33,7 +34,7 @@ OBJECTIVE = {"kind": "ddpm", "num_train_timesteps": LEVELS, "beta_schedule": "sq
 def just_saved(cfg) -> None:
     """What a run leaves that was stopped before its first step."""
     trainer = Trainer(cfg)
-    trainer.write_run_files()
+    write_run_files(cfg, data=trainer.data.facts, data_fingerprint=trainer.data.fingerprint)
     trainer.save(required=True)
 
 

@@ -1,21 +1,36 @@
 """Pipelines sample what was trained: an analytic oracle, guidance by hand, round trips, and the choice of the class."""
 
+import copy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDPMPipeline,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from finetune.conditioning import Unconditional
+from finetune.config_objective import space_timesteps
+from finetune.config_sample import Sampling
+from finetune.conversion import as_unet_pipeline, set_sampler
 from finetune.errors import ConfigError
 from finetune.pipelines import UNetPipeline, build_pipeline
 from finetune.sample import generate
 from finetune.schedulers import SCHEDULERS, check_steps, with_scheduler
 from finetune.space import PixelSpace
 from tiny_models import COMBINATIONS, PROMPTS, UNET2D, build, config, parts, scheduler  # noqa: F401
+
+VP = {"kind": "ddpm"}
+CLIP = VP | {"clip_sample": True}
+RANGE, LARGE = (VP | {"variance": {"kind": kind}} for kind in ("learned_range", "fixed_large"))
 
 
 def pipeline_of(cfg, **training):
@@ -93,8 +108,13 @@ def moments(pipeline, steps):
     return float(pixels.mean()), float(pixels.std())
 
 
-@pytest.mark.parametrize("schedule", [{}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}])
-@pytest.mark.parametrize("name", SCHEDULERS)
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [(name, schedule) for name in SCHEDULERS for schedule in ({}, ZERO_SNR) if name != "heun" or not schedule],
+)
 def test_every_sampler_draws_the_data_of_an_exact_denoiser(parts, name, schedule):  # noqa: F811
     steps = {"dpmsolver++": 100, "unipc": 100, "ddpm": 1000}.get(name, 250)  # solvers of second order need fewer
     mean, std = moments(exact_pipeline(parts, name, steps, **schedule), steps)
@@ -115,13 +135,95 @@ def test_guidance_is_the_formula_in_one_doubled_batch(parts):  # noqa: F811
     x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
     sizes = []
     pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    c, u, guided = (pipeline._guided([0, 2], 2, scale)(x, t) for scale in (1, 0, 4.0))
+    c, u, guided = (pipeline._guided([0, 2], 2, Sampling(guidance_scale=scale))(x, t, 1.0) for scale in (1, 0, 4.0))
     assert sizes == [2, 2, 4]
     torch.testing.assert_close(guided, u + 4 * (c - u), rtol=0, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(c, pipeline.unet(x, t, torch.tensor([0, 2])).sample)
         torch.testing.assert_close(u, pipeline.unet(x, t, torch.tensor([3, 3])).sample)
     assert (c - u).abs().max() > 1e-4
+
+
+def latents(pipeline, n=2, **arguments):
+    """Images drawn for n conditions with the seeds 0, 1, ..."""
+    given = {**conditions(pipeline, n), "generator": generators(n), **arguments}
+    return pipeline(**given, output_type="latent").images
+
+
+def test_an_interval_guides_where_it_says(parts):  # noqa: F811
+    pipeline = pipeline_of(config(parts, condition="class_label"))
+    none, plain = (latents(pipeline, guidance_scale=scale) for scale in (1.0, 6.0))
+    everywhere, nowhere, half = (
+        latents(pipeline, guidance_scale=6.0, guidance_interval=interval)
+        for interval in ([0.0, 1e9], [1e8, 1e9], [0.0, 1.0])
+    )
+    torch.testing.assert_close(everywhere, plain, rtol=0, atol=0)
+    torch.testing.assert_close(nowhere, none, rtol=0, atol=0)
+    assert (half - plain).abs().max() > 1e-3 and (half - none).abs().max() > 1e-3
+
+
+def test_autoguidance_extrapolates_from_the_guide_with_the_same_condition(parts):  # noqa: F811
+    pipeline = pipeline_of(config(parts, condition="class_label"))
+    none, plain = (latents(pipeline, guidance_scale=scale) for scale in (1.0, 3.0))
+    pipeline.register_modules(guide=copy.deepcopy(pipeline.unet))
+    torch.testing.assert_close(latents(pipeline, guidance_scale=3.0), none, rtol=0, atol=1e-4)
+    assert (plain - none).abs().max() > 1e-3, "negative control: guidance by the condition"
+    with torch.no_grad():
+        pipeline.guide.conv_out.weight.mul_(0.5)
+    x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    labels = torch.tensor([0, 2])
+    with torch.no_grad():
+        guided = pipeline._guided([0, 2], 2, Sampling(guidance_scale=3.0))(x, t, 1.0)
+        weak, strong = (unet(x, t, labels).sample for unet in (pipeline.guide, pipeline.unet))
+    torch.testing.assert_close(guided, weak + 3 * (strong - weak))
+    unconditional = pipeline_of(config(parts, sample={"scheduler": "euler"}))
+    with pytest.raises(ConfigError, match="no condition to guide with"):
+        unconditional(guidance_scale=3.0)
+    unconditional.register_modules(guide=copy.deepcopy(unconditional.unet))
+    none = latents(unconditional)
+    torch.testing.assert_close(latents(unconditional, guidance_scale=3.0), none, rtol=0, atol=1e-3)
+
+
+def test_a_learned_variance_is_not_guided(parts):  # noqa: F811
+    cfg = config(parts, condition="class_label", objective=RANGE, sample={"num_inference_steps": 5})
+    pipeline = pipeline_of(cfg, variance_type="learned_range")
+    x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    c, u, guided = (pipeline._guided([0, 2], 2, Sampling(guidance_scale=s))(x, t, 1.0) for s in (1, 0, 4.0))
+    torch.testing.assert_close(guided[:, :3], (u + 4 * (c - u))[:, :3], rtol=0, atol=1e-5)
+    torch.testing.assert_close(guided[:, 3:], c[:, 3:], rtol=0, atol=1e-5)
+    assert (c - u)[:, 3:].abs().max() > 1e-4
+    assert latents(pipeline, guidance_scale=4.0).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_our_steps_are_those_of_the_stock_pipelines(parts, sampler):  # noqa: F811
+    stock = pipeline_of(config(parts, sample={"scheduler": sampler}))
+    own = as_unet_pipeline(stock)
+    assert type(stock) is not UNetPipeline and type(own) is UNetPipeline
+    corrected = {"use_clipped_model_output": True} if sampler == "ddim" else {}
+    arguments = {"batch_size": 2, "num_inference_steps": 50, "output_type": "np"}
+    theirs = stock(**arguments, **corrected, generator=generators(2)).images
+    ours_ = own(**arguments, generator=generators(2)).images
+    np.testing.assert_allclose(ours_, theirs, rtol=0, atol=2e-4)  # float32 tables there
+    fewer = own(**arguments | {"num_inference_steps": 40}, generator=generators(2)).images
+    assert np.abs(fewer - theirs).max() > 0.01
+
+
+def test_the_network_is_given_the_time_that_it_was_trained_with(parts):  # noqa: F811
+    """T = 100 with rescale_timesteps, 20 of them trained: t * 10, also by the schedulers of diffusers."""
+    objective = {"kind": "ddpm", "num_train_timesteps": 100, "rescale_timesteps": True}
+    trained = [t * 10.0 for t in space_timesteps(100, "20")[::-1]]
+    for sample, kept, expected in (
+        ({"scheduler": "ddpm", "num_inference_steps": None}, "20", trained),
+        ({"scheduler": "ddim", "num_inference_steps": 4}, None, [990.0, 740.0, 490.0, 240.0]),
+        ({"scheduler": "ddim", "num_inference_steps": None, "respacing": "3"}, None, [990.0, 500.0, 0.0]),
+        ({"scheduler": "dpmsolver++", "num_inference_steps": 4}, None, [990.0, 740.0, 490.0, 240.0]),
+    ):
+        cfg = config(parts, condition="class_label", objective={**objective, "respacing": kept}, sample=sample)
+        pipeline, seen = pipeline_of(cfg, num_train_timesteps=100), []
+        pipeline.unet.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(float(inputs[1])))
+        pipeline(class_labels=[0])
+        assert seen == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("condition", ["class_label", "pooled_text", "text"])
@@ -147,7 +249,24 @@ def test_stable_diffusion_pipeline_draws_what_ours_draws(parts):  # noqa: F811
 
 @pytest.mark.parametrize(("space_kind", "condition", "model_kind"), COMBINATIONS)
 def test_every_combination_samples_the_same_whatever_the_batch(parts, space_kind, condition, model_kind):  # noqa: F811
-    pipeline = ours(config(parts, space_kind, condition, model_kind), prediction_type="sample")
+    check_batch_independence(ours(config(parts, space_kind, condition, model_kind), prediction_type="sample"))
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("ddim", {"eta": 1.0}), ("edm_heun", {"s_churn": 4.0})])
+def test_further_noise_belongs_to_the_image_too(parts, kind, settings):  # noqa: F811
+    objective = {"kind": "edm" if kind == "edm_heun" else "ddpm"}
+    cfg = config(parts, condition="class_label", objective=objective, sample={"scheduler": kind, **settings})
+    unet, space, conditioner = build(cfg)
+    training = EDMEulerScheduler() if kind == "edm_heun" else scheduler()
+    pipeline = build_pipeline(unet, space, conditioner, training, cfg)
+    pipeline.set_progress_bar_config(disable=True)
+    check_batch_independence(pipeline)
+    calm = latents(pipeline, **dict.fromkeys(settings, 0.0))
+    assert (calm - latents(pipeline)).abs().max() > 0.01, "negative control: the noise is there"
+
+
+def check_batch_independence(pipeline):
+    """Four images at once are those drawn three and one at a time."""
     wanted = conditions(pipeline, 4)
     wanted.pop("batch_size", None)
     arguments = {"num_inference_steps": 4, "output_type": "latent"}
@@ -155,7 +274,8 @@ def test_every_combination_samples_the_same_whatever_the_batch(parts, space_kind
     for start, n in ((0, 3), (3, 1)):
         given = {name: values[start : start + n] for name, values in wanted.items()} or {"batch_size": n}
         part = pipeline(**given, generator=generators(n, seed=start), **arguments).images
-        torch.testing.assert_close(part, whole[start : start + n], rtol=0, atol=1e-5)
+        near = 1e-5 * max(1, float(whole.abs().max()))  # EDM starts at sigma 80
+        torch.testing.assert_close(part, whole[start : start + n], rtol=0, atol=near)
     assert (whole[0] - whole[2]).abs().max() > 0.01, "the same condition with another seed is another image"
     vae = pipeline.components.get("vae")
     assert vae is None or not any(p.requires_grad for p in vae.parameters())
@@ -200,14 +320,46 @@ def test_the_sampler_carries_the_noise_of_the_training(parts, name, space_kind):
     training |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     objective = {"kind": "ddpm", "num_train_timesteps": 500}
     cfg = config(parts, space_kind, objective=objective, sample={"scheduler": name, "num_inference_steps": 10})
+    if name == "heun":
+        with pytest.raises(ConfigError, match="heun cannot start at zero terminal SNR"):
+            pipeline_of(cfg, **training)
+        training |= {"rescale_betas_zero_snr": False}
     sampler = pipeline_of(cfg, **training).scheduler
     assert type(sampler) is SCHEDULERS[name][0]
     assert {key: sampler.config[key] for key in training} == training
     assert sampler.config.timestep_spacing == "trailing" and not sampler.config.get("thresholding")
-    if name in ("ddpm", "ddim"):
+    if name in ("ddpm", "ddim", "heun"):
         assert sampler.config.clip_sample is (space_kind == "pixel")
     sampler.set_timesteps(10)
-    assert float(sampler.timesteps[0]) == 499 and len(sampler.timesteps) == 10
+    assert float(sampler.timesteps[0]) == 499 and len(sampler.timesteps.unique()) == 10
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_another_sampler_keeps_what_was_trained(parts, name):  # noqa: F811
+    """Learned variance, respaced, 100 timesteps as 1000; what only the old sampler uses goes back to none."""
+    objective = RANGE | {"num_train_timesteps": 100, "rescale_timesteps": True}
+    sample = {"scheduler": "ddim", "eta": 0.5, "num_inference_steps": 5}
+    cfg = config(parts, condition="class_label", objective=objective, sample=sample)
+    pipeline = pipeline_of(cfg, num_train_timesteps=100, variance_type="learned_range")
+    start = latents(pipeline)
+    set_sampler(pipeline, name)
+    assert pipeline.sampler().name == name and pipeline.config.rescale_timesteps
+    assert pipeline.config.eta == (0.5 if name == "ddim" else 0.0)
+    drawn = latents(pipeline)
+    assert drawn.isfinite().all() and torch.equal(drawn, start) == (name == "ddim")
+    set_sampler(pipeline, "ddpm")
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    assert latents(pipeline).isfinite().all()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_schedule_that_a_class_does_not_know_is_given_as_numbers(name):
+    training = scheduler(beta_schedule="sigmoid", beta_start=0.001, beta_end=0.015)
+    sampler = with_scheduler(training, name, clip_sample=False)
+    torch.testing.assert_close(sampler.betas, training.betas, rtol=0, atol=0)
+    again = with_scheduler(sampler, "ddpm", clip_sample=False)
+    torch.testing.assert_close(again.betas, training.betas, rtol=0, atol=0)
+    assert not torch.equal(with_scheduler(scheduler(), name, clip_sample=False).betas, training.betas)
 
 
 def test_stable_diffusion_pipeline_changes_no_config(parts):  # noqa: F811
@@ -240,29 +392,51 @@ def test_steps_that_diffusers_would_not_take_are_refused(parts):  # noqa: F811
         check_steps(scheduler(timestep_spacing="leading", steps_offset=1), 1000)
 
 
-VP = {"kind": "ddpm"}
-CLIP = VP | {"clip_sample": True}
-RANGE, LARGE = (VP | {"variance": {"kind": kind}} for kind in ("learned_range", "fixed_large"))
-
-
 @pytest.mark.parametrize(
     ("combination", "sections", "message"),
     [
         (("pixel", "none"), {"sample": {"scheduler": "euler"}, "objective": CLIP}, "does not clip"),
-        (("pixel", "none"), {"objective": VP | {"respacing": "250"}}, "respacing"),
-        (("pixel", "none"), {"objective": VP | {"num_train_timesteps": 500, "rescale_timesteps": True}}, "give it t"),
-        (("pixel", "none"), {"objective": RANGE, "sample": {"scheduler": "ddim"}}, "needs sample.scheduler ddpm"),
-        (("pixel", "none"), {"objective": RANGE, "sample": {"num_inference_steps": 10}}, "needs all 1000 steps"),
-        (("pixel", "none"), {"objective": LARGE, "sample": {"num_inference_steps": 10}}, "needs all 1000 steps"),
-        (("pixel", "class_label"), {"objective": RANGE, "sample": {"guidance_scale": 2.0}}, "cannot be guided"),
-        (("pixel", "none"), {"sample": {"scheduler": "ddim", "num_inference_steps": 30}}, "ddim needs"),
+        (("pixel", "none"), {"sample": {"scheduler": "euler"}, "objective": VP | {"respacing": "250"}}, "use ddpm or"),
         (("pixel", "class_label"), {"sample": {"class_labels": [3]}}, "class labels are 0..2, got 3"),
-        (("latent", "text", "unet2d_condition"), {"sample": {"guidance_scale": 0}}, "ignores a guidance_scale below 1"),
+        (("pixel", "none"), {"sample": {"scheduler": "dpmsolver++", "num_inference_steps": 61}}, "outside 0..999"),
     ],
 )
 def test_what_the_sampler_cannot_do_is_refused_before_it_draws(parts, combination, sections, message):  # noqa: F811
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, ValueError), match=message):
         pipeline_of(config(parts, *combination, **sections))
+
+
+TEXT = ("latent", "text", "unet2d_condition")
+FEW = {"num_inference_steps": 10}
+
+
+@pytest.mark.parametrize(
+    ("combination", "sections", "cls"),
+    [
+        (("pixel", "none"), {"objective": RANGE, "sample": {"num_inference_steps": None}}, DDPMPipeline),
+        (("pixel", "none"), {"objective": RANGE, "sample": FEW}, UNetPipeline),
+        (("pixel", "none"), {"objective": LARGE, "sample": FEW}, UNetPipeline),
+        (("pixel", "none"), {"objective": RANGE, "sample": FEW | {"scheduler": "ddim"}}, UNetPipeline),
+        (("pixel", "none"), {"sample": {"num_inference_steps": 61}}, UNetPipeline),
+        (("pixel", "none"), {"sample": {"scheduler": "ddim", "num_inference_steps": 30}}, UNetPipeline),
+        (("pixel", "none"), {"sample": FEW | {"scheduler": "ddim", "eta": 0.5}}, UNetPipeline),
+        (("pixel", "none"), {"objective": VP | {"respacing": "250"}}, UNetPipeline),
+        (("pixel", "none"), {"objective": VP | {"num_train_timesteps": 500, "rescale_timesteps": True}}, UNetPipeline),
+        (("pixel", "none"), {"objective": VP | {"rescale_timesteps": True}}, DDPMPipeline),
+        (TEXT, {"sample": {"guidance_scale": 0}}, UNetPipeline),
+        (TEXT, {"sample": {"guidance_scale": 3.0}}, StableDiffusionPipeline),
+        (TEXT, {"sample": {"guidance_scale": 3.0, "guidance_rescale": 0.7}}, UNetPipeline),
+        (TEXT, {"sample": {"guidance_scale": 3.0, "guidance_interval": [0.1, 2.0]}}, UNetPipeline),
+        (TEXT, {"sample": {"scheduler": "ddim"}, "objective": CLIP}, UNetPipeline),
+    ],
+)
+def test_what_stock_pipelines_cannot_do_is_ours(parts, combination, sections, cls):  # noqa: F811
+    cfg = config(parts, *combination, **sections)
+    variance = cfg.objective.variance.kind
+    pipeline = pipeline_of(cfg, variance_type=variance, num_train_timesteps=cfg.objective.num_train_timesteps)
+    assert type(pipeline) is cls
+    if cls is UNetPipeline:
+        assert latents(pipeline).isfinite().all()
 
 
 # -- the call ----------------------------------------------------------------------------------------------------------
@@ -295,7 +469,13 @@ def test_call_defaults_and_outputs(parts):  # noqa: F811
         ("pooled_text", {"class_labels": 1}, "takes prompt .* not class_labels"),
         ("pooled_text", {"prompt": "a", "generator": [torch.Generator()] * 2}, "got 2 for 1 images"),
         ("none", {"output_type": "jpg"}, "output_type must be"),
-        ("none", {"num_inference_steps": 0}, "lie in 1..1000"),
+        ("none", {"num_inference_steps": 0}, "num_inference_steps: Input should be greater"),
+        ("none", {"num_inference_steps": 1001}, "lie in 1..1000"),
+        ("none", {"num_inference_steps": 10, "respacing": "10"}, "give one of them"),
+        ("none", {"eta": 0.5}, "eta: ddpm does not use it"),
+        ("none", {"sigma_max": 5}, "sigma_max: Unexpected keyword argument"),
+        ("class_label", {"class_labels": 1, "guidance_interval": [3, 2]}, "low below high"),
+        ("class_label", {"class_labels": 1, "guidance_rescale": 0.7}, "guidance_scale 1 is none"),
         ("none", {"batch_size": 0}, "at least 1"),
     ],
 )
@@ -372,7 +552,7 @@ def test_our_pipeline_draws_the_same_in_a_fresh_process(parts, tmp_path):  # noq
     guided = {"guidance_scale": 3.0, "scheduler": "dpmsolver++"}
     cases = [
         (("pixel", "class_label", "unet2d"), guided),
-        (("latent", "pooled_text", "unet2d"), guided),
+        (("latent", "pooled_text", "unet2d"), {**guided, "scheduler": "ddim", "eta": 0.5, "guidance_rescale": 0.7}),
         (("pixel", "text", "unet2d_condition"), guided),
         (("latent", "none", "unet2d_condition"), {}),
     ]

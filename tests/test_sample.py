@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
+from finetune import checkpoint
 from finetune.errors import ConfigError
 from finetune.sample import captions_of, draw_grid, generate, grid, load_pipeline, sample_main, wanted_conditions
 from test_pipelines import pipeline_of
@@ -62,9 +63,7 @@ def test_ddim_re_derives_the_noise_from_the_clipped_image(parts, monkeypatch):  
 
     monkeypatch.setattr(DDIMScheduler, "step", spy)
     generate(made(parts, "ddim"), num_images=1, seed=0, num_inference_steps=2)
-    ours = pipeline_of(config(parts, condition="class_label", sample={"scheduler": "ddim"}))
-    generate(ours, num_images=1, seed=0, num_inference_steps=2)
-    assert seen == [True] * 4
+    assert seen == [True] * 2
 
 
 def test_conditions_fill_the_images(parts):  # noqa: F811
@@ -85,6 +84,8 @@ def test_conditions_fill_the_images(parts):  # noqa: F811
         ("ddpm", {"guidance_scale": 2}, "no condition to guide with"),
         ("ddpm", {"num_inference_steps": 2000}, "lie in 1..1000"),
         ("ddim", {"num_inference_steps": 30}, "use 25 or 40"),
+        ("ddim", {"eta": 0.5}, "a DDIMPipeline takes no eta"),
+        ("ours", {"s_churn": 2.0}, "ddpm does not use it"),
         ("stable diffusion", {}, "at least one prompt"),
         ("stable diffusion", {"prompts": ["a"], "guidance_scale": 0.5}, "ignores a guidance_scale below 1"),
         ("ours", {"class_labels": [3]}, "are 0..2, got 3"),
@@ -151,6 +152,72 @@ def test_command_draws_from_a_run(parts, tmp_path, kind, capsys):  # noqa: F811
     for i, image in enumerate(expected):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i:04d}.png")), np.asarray(image))
     assert (tmp_path / "out" / "grid.png").is_file() and "3 images and grid.png in" in capsys.readouterr().out
+
+
+def drawn(run, tmp_path, *words):
+    """The first image that the command draws."""
+    out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+    sample_main([str(run), "--num_images", "1", "--out", str(out), *words])
+    return np.asarray(Image.open(out / "0000.png")).astype(int)
+
+
+def test_command_takes_the_further_settings(parts, tmp_path):  # noqa: F811
+    """Each changes the image; a stock pipeline becomes ours for it."""
+    run = saved_run(parts, tmp_path, "ddim")
+    plain = drawn(run, tmp_path)
+    for words in (["--eta", "1"], ["--respacing", "7"], ["--steps", "30"], ["--scheduler", "heun", "--steps", "7"]):
+        if words == ["--steps", "30"]:
+            with pytest.raises(ConfigError, match="divides num_train_timesteps 1000, got 30"):
+                drawn(run, tmp_path, *words)
+            words += ["--scheduler", "ddim"]
+        assert np.abs(drawn(run, tmp_path, *words) - plain).max() > 5
+    assert np.abs(drawn(run, tmp_path, "--eta", "0") - plain).max() <= 1
+    ours, label = saved_run(parts, tmp_path / "b", "ours"), ["--class_label", "two", "--steps", "4"]
+    guided = drawn(ours, tmp_path, *label, "--guidance_scale", "4")
+    for words in (["--guidance_rescale", "0.9"], ["--guidance_interval", "0.1", "2"]):
+        assert np.abs(drawn(ours, tmp_path, *label, "--guidance_scale", "4", *words) - guided).max() > 0
+    for words, message in (
+        (["--eta", "0.5"], "eta: ddpm does not use it"),
+        (["--guidance_rescale", "0.5"], "guidance_scale 1 is none"),
+        (["--guidance_interval", "2", "1", "--guidance_scale", "3"], "low below high"),
+        (["--scheduler", "edm_heun"], "does not remove the noise of objective.kind ddpm"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            drawn(ours, tmp_path, *label, *words)
+
+
+def test_command_guides_by_a_weaker_model(parts, tmp_path):  # noqa: F811
+    """A pipeline, its UNet, a checkpoint with the same weights: all the same guide; itself is no guide."""
+    run = saved_run(parts, tmp_path, "ours")
+    unet = made(parts, "ours").unet
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.mul_(0.8)
+    weaker = tmp_path / "weaker"
+    unet.save_pretrained(weaker / "pipeline" / "unet")
+    state = {name: tensor for name, tensor in unet.state_dict().items()}
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    save = {"state": {"step": 3}, "keep": 5}
+    plain = checkpoint.save(tmp_path / "a", parts={"model": state}, **save)
+    averaged = checkpoint.save(tmp_path / "b", parts={"model": zeros, "ema_0.9": state, "ema_0.5": zeros}, **save)
+    words = ["--class_label", "0", "--steps", "4", "--guidance_scale", "3"]
+    images = [drawn(run, tmp_path, *words, "--autoguidance", str(path))
+              for path in (weaker, weaker / "pipeline", weaker / "pipeline" / "unet", plain, averaged)]  # fmt: skip
+    assert all(np.array_equal(image, images[0]) for image in images)
+    none, itself = drawn(run, tmp_path, *words[:4]), drawn(run, tmp_path, *words, "--autoguidance", str(run))
+    assert np.abs(itself - none).max() <= 1 < np.abs(images[0] - none).max()
+    other = saved_run(parts, tmp_path / "c", "ddpm")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (plain / "model.safetensors").write_bytes(b"broken")
+    for path, message in (
+        (other, "both must take the same input and condition"),
+        (empty, "holds no UNet"),
+        (tmp_path / "nowhere", "neither a folder"),
+        (plain, "is not a whole checkpoint"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            drawn(run, tmp_path, *words, "--autoguidance", str(path))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,5 @@
-"""The solvers of EDM and rectified flow: numbers of k-diffusion and generative-models, order, and a whole tiny run."""
+"""The solvers of EDM and rectified flow, and diffusers' own: numbers of k-diffusion and generative-models, order of
+convergence, and whole tiny runs."""
 
 from functools import partial
 from itertools import count
@@ -6,13 +7,17 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from safetensors.torch import load_file
 
 import finetune.run
+from finetune.config_sample import Sampling
 from finetune.errors import ConfigError
 from finetune.sample import generate, grid, load_pipeline
 from finetune.samplers import SOLVERS, Churn, euler, flow_sigmas, heun, karras_sigmas
-from finetune.schedulers import with_scheduler
+from finetune.sampling import Sampler
+from finetune.schedulers import process_of, with_scheduler
 from forked import log, run
 from golden_numbers import arrays, compare
 from tiny import config
@@ -68,6 +73,59 @@ def test_steps_are_those_of_generative_models(solver, churned):
     assert next(calls) > 3 or not churned
 
 
+CHURN = {"s_churn": 5, "s_tmin": 0.05, "s_tmax": 50, "s_noise": 1.003}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_churn_is_that_of_k_diffusion(name):
+    rows = count(1)  # it draws at the first step too, and does not use it: sigma 80 is above s_tmax
+    churn = Churn(noise=lambda: torch.tensor(K["noises"][next(rows)]), **CHURN)
+    sample = SOLVERS[name](denoise, torch.tensor(K["x_start"]), karras_sigmas(10), churn=churn)
+    compare("kdiff_samplers", f"{name}_churn/final", sample, **CLOSE)
+    assert np.abs(sample.numpy() - K[f"{name}/final"]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_churned_pipeline_draws_the_numbers_of_generative_models(name, monkeypatch):
+    """Through the sampler that the pipeline runs, with the preconditioning of EDM around the exact denoiser."""
+    scheduler, rows = EDMEulerScheduler(sigma_data=0.5), count()
+    _, prediction = process_of(scheduler)
+
+    def network(scaled, time, sigma):
+        sigma = torch.tensor([sigma], dtype=torch.float64)
+        x = scaled * float((sigma**2 + 0.25).sqrt())
+        c_skip, c_out = prediction.pair(torch.ones_like(sigma), sigma)
+        return (denoise(x, sigma) - float(c_skip) * x) / float(c_out)
+
+    monkeypatch.setattr("finetune.sampling.randn_tensor", lambda *_, **__: torch.tensor(SGM["noises"][next(rows)]))
+    x = torch.tensor(SGM["x_init"]) * (1 + 80.0**-2) ** 0.5  # there pure noise gets the variance of the data too
+    given = {"scheduler": scheduler, "solver": name}
+    sample = Sampler(**given, settings=Sampling(num_inference_steps=10, **CHURN))(network, x)
+    compare("sgm_samplers", f"{name.capitalize()}EDM_edm_10_churn/final", sample, **CLOSE)
+    calm = Sampler(**given, settings=Sampling(num_inference_steps=10))(network, x)
+    compare("sgm_samplers", f"{name.capitalize()}EDM_edm_10/final", calm, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "golden"),
+    {"euler": "EulerEDM", "heun": "HeunEDM", "dpmsolver++": "DPMPP2M", "euler_ancestral": "EulerAncestral"}.items(),
+)
+def test_the_schedulers_of_diffusers_are_configured_as_generative_models(name, golden, monkeypatch):
+    """On the noise of Stable Diffusion, with the exact denoiser: epsilon = (x - D(x)) / sigma of the scaled input."""
+    training = scheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    ours, rows, x = with_scheduler(training, name, clip_sample=False), count(), torch.tensor(SGM["x_init"])
+    ours.set_timesteps(10)
+    if "euler" in name or name == "heun":  # these start at sigma x, generative-models at sqrt(1 + sigma^2) x
+        x = x * float((1 + ours.sigmas[0] ** -2) ** 0.5)
+    draw = "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor"
+    monkeypatch.setattr(draw, lambda *_, **__: torch.tensor(SGM["noises"][next(rows)]))
+    sampler = Sampler(scheduler=ours, settings=Sampling(num_inference_steps=10))
+    sampler.check()
+    sample = sampler(lambda x, time, ratio: x * ratio / (1 + ratio**2) ** 0.5, x)
+    compare("sgm_samplers", f"{golden}_legacy_10/final", sample, **CLOSE)
+    assert np.abs(sample.numpy() - SGM["LMS_legacy_10/final"]).max() > 1e-3
+
+
 def test_orders_of_convergence():
     """Exact for data of N(0.3, 0.5^2): noise e of sigma 1 of the flow ends at 0.3 + 0.5 e."""
 
@@ -86,20 +144,69 @@ def test_orders_of_convergence():
     assert float(flow_sigmas(10, shift=3)[-2]) == pytest.approx(0.25)  # 3 (0.1) / 1.2: shifted once
 
 
+@pytest.mark.parametrize(
+    ("kind", "solver", "steps", "churn"),
+    [("edm", "euler", 400, 0.0), ("edm", "heun", 40, 0.0), ("edm", "heun", 80, 20.0), ("edm", "euler", 800, 20.0),
+     ("flow", "euler", 400, 0.0), ("flow", "heun", 60, 0.0)],
+)  # fmt: skip
+def test_the_data_of_an_exact_denoiser_are_drawn(kind, solver, steps, churn):
+    """x0 of N(0.1, 0.2^2), through the parametrisation of the network."""
+    ours = EDMEulerScheduler() if kind == "edm" else FlowMatchEulerDiscreteScheduler()
+    process, prediction = process_of(ours)
+
+    def network(read, time, ratio):
+        sigma = torch.tensor([ratio if kind == "edm" else float(time) / 1000], dtype=torch.float64)
+        alpha, s = torch.ones_like(sigma) if kind == "edm" else 1 - sigma, float(sigma)
+        x, a = read * float((sigma**2 + 0.25).sqrt() if kind == "edm" else 1), float(alpha)
+        x0 = 0.1 + a * 0.04 * (x - 0.1 * a) / (a**2 * 0.04 + s**2)
+        c_skip, c_out = prediction.pair(alpha, sigma)
+        return (x0 - float(c_skip) * x) / float(c_out)
+
+    generator = torch.Generator().manual_seed(0)
+    sampler = Sampler(scheduler=ours, solver=solver, settings=Sampling(num_inference_steps=steps, s_churn=churn))
+    sampler.check()
+    sample = sampler(network, torch.randn((50000, 1), generator=generator), generator)
+    assert abs(float(sample.mean()) - 0.1) < 0.004 and abs(float(sample.std()) - 0.2) < 0.004
+    few = Sampler(scheduler=ours, solver="euler", settings=Sampling(num_inference_steps=6))
+    rough = few(network, torch.randn((50000, 1), generator=generator), generator)
+    assert abs(float(rough.std()) - 0.2) > 0.02, "negative control: six steps are too few"
+
+
 def test_a_sampler_of_another_noise_is_refused():
-    with pytest.raises(ConfigError, match="edm_heun does not remove the noise of objective.kind ddpm"):
+    with pytest.raises(ConfigError, match="edm_heun does not remove the noise of objective.kind ddpm: use one of ddpm"):
         with_scheduler(scheduler(), "edm_heun", clip_sample=False)
+    with pytest.raises(ConfigError, match="ddim does not remove the noise of objective.kind edm: use one of edm_heun"):
+        with_scheduler(EDMEulerScheduler(), "ddim", clip_sample=False)
 
 
-@pytest.mark.parametrize(("kind", "sampler"), [("edm", "edm_heun"), ("flow", "flow_euler"), ("flow", "flow_heun")])
-def test_trained_exported_and_loaded_it_draws_the_same(kind, sampler, tmp_path):
-    sample = {"scheduler": sampler, "num_inference_steps": 3, "guidance_scale": 1.5}
+LEARNED = {
+    "kind": "ddpm",
+    "num_train_timesteps": 100,
+    "scale_betas": True,
+    "rescale_timesteps": True,
+    "respacing": "20",
+    "variance": {"kind": "learned_range"},
+}
+RUNS = [
+    ({"kind": "edm"}, "edm_heun", {"s_churn": 1.0, "guidance_rescale": 0.5}),
+    ({"kind": "flow"}, "flow_euler", {"guidance_interval": [0.5, 5.0]}),
+    ({"kind": "flow"}, "flow_heun", {}),
+    (LEARNED, "ddpm", {"guidance_interval": [0.5, 5.0]}),
+    (LEARNED, "ddim", {"eta": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("objective", "sampler", "settings"), RUNS)
+def test_trained_exported_and_loaded_it_draws_the_same(objective, sampler, settings, tmp_path):
+    sample = {"scheduler": sampler, "num_inference_steps": 3, "guidance_scale": 1.5} | settings
     conditioning = {"kind": "class_label", "condition_dropout": 0.1}
-    sections = {"objective": {"kind": kind}, "sample": sample, "conditioning": conditioning}
+    sections = {"objective": objective, "sample": sample, "conditioning": conditioning}
     cfg = config(tmp_path / "run", train={"max_train_steps": 3}, **sections)
     assert run(cfg, body=train) == [0], log(cfg)
     pipeline = load_pipeline(cfg.output_dir)
-    assert pipeline.config.solver == sampler.split("_")[1]
+    assert pipeline.sampler().name == sampler
+    assert {name: pipeline.config[name] for name in settings} == settings
+    assert pipeline.config.rescale_timesteps is (objective is LEARNED)
     images = generate(pipeline, num_images=2, seed=0)
     drawn = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-00000003.png")).astype(int)
     names = pipeline.config.class_names
@@ -108,8 +215,21 @@ def test_trained_exported_and_loaded_it_draws_the_same(kind, sampler, tmp_path):
     assert np.abs(ours[:, ::-1] - drawn).max() > 20
 
 
-@pytest.mark.parametrize("kind", ["edm", "flow"])
-def test_the_default_sampler_is_refused_with_the_right_names(kind, tmp_path):
-    cfg = config(tmp_path / "run", objective={"kind": kind})
-    assert run(cfg, body=train) == [2]
-    assert f"use {kind}_euler or {kind}_heun" in log(cfg)
+def test_a_run_guided_by_an_earlier_checkpoint_exports_the_guide(tmp_path):
+    first = config(tmp_path / "first", train={"max_train_steps": 2})
+    assert run(first, body=train) == [0], log(first)
+    weak = tmp_path / "first" / "checkpoints" / "step-00000002"
+    sample = {"guidance_scale": 2.0, "autoguidance": str(weak)}
+    cfg = config(tmp_path / "second", train={"max_train_steps": 4}, sample=sample)
+    assert run(cfg, body=train) == [0], log(cfg)
+    pipeline = load_pipeline(cfg.output_dir)
+    average = load_file(weak / "ema_0.9.safetensors")
+    assert all(torch.equal(tensor, average[name]) for name, tensor in pipeline.guide.state_dict().items())
+    assert str(tmp_path) not in (tmp_path / "second" / "pipeline" / "config.yaml").read_text()
+    (image,) = generate(pipeline, num_images=1, seed=0)
+    drawn = np.asarray(Image.open(tmp_path / "second" / "samples" / "step-00000004.png")).astype(int)
+    alone = np.asarray(grid([image])).astype(int)[4:100, 4:100]
+    assert np.abs(drawn[4:100, 4:100] - alone).max() <= 1
+    pipeline.register_modules(guide=None)
+    (other,) = generate(pipeline, num_images=1, seed=0)
+    assert np.abs(np.asarray(grid([other])).astype(int)[4:100, 4:100] - alone).max() > 1

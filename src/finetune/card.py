@@ -136,7 +136,7 @@ def _sentence(cfg: TrainConfig, pipeline: str, metrics: Sequence[Mapping[str, An
 
 def _samples(cfg: TrainConfig) -> str:
     sample = cfg.sample
-    how = f"Drawn with {sample.scheduler}, {sample.num_inference_steps} steps, guidance scale {sample.guidance_scale:g}"
+    how = f"Drawn with {cfg.sampler}, {cfg.sampling_steps} steps, guidance scale {sample.guidance_scale:g}"
     prompts = "; ".join(f"“{prose(prompt)}”" for prompt in sample.prompts)
     return f"![samples](samples.png)\n\n{how}" + (f"; prompts, row by row: {prompts}" if prompts else "") + "."
 
@@ -152,9 +152,11 @@ def _usage(cfg: TrainConfig, run: Mapping[str, Any], pipeline: str, name: str) -
     else:
         arguments = "batch_size=4"
     if not ours:  # ours keeps these two as its defaults
-        arguments += f", num_inference_steps={cfg.sample.num_inference_steps}"
+        arguments += f", num_inference_steps={cfg.sampling_steps}"
         if pipeline == "StableDiffusionPipeline":
             arguments += f", guidance_scale={cfg.sample.guidance_scale:g}"
+        if pipeline == "DDIMPipeline":
+            arguments += ", use_clipped_model_output=True"
     snippet = "\n".join(
         [
             "import torch",

@@ -1,8 +1,8 @@
 """Every setting of a run, as nested frozen sections. Imports no torch; the text under a field is its only help text.
 
 Names are those of diffusers and Accelerate. Choices are unions told apart by `kind` (config_choices.py,
-config_objective.py). A default names its source; "train_unconditional" is the diffusers script of that name, whose
-defaults hold when only data and resolution are given.
+config_objective.py); Sample stands in config_sample.py. A default names its source; "train_unconditional" is the
+diffusers script of that name, whose defaults hold when only data and resolution are given.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pydantic import Field
 
 from finetune.config_choices import Conditioning, Model, PixelSpace, Space, Unconditional, UNet2D
 from finetune.config_objective import DDPM, Objective
+from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
 
 
@@ -220,31 +221,6 @@ class Tracking:
 
 
 @section
-class Sample:
-    """Pictures drawn from the (averaged) weights while training and at its end, with fixed seeds."""
-
-    sample_every: Count | None = None
-    """Optimizer steps between two grids; unset: at the end only."""
-    num_images: Count = 16
-    """Images of a grid (16 as in train_unconditional); prompts and labels are repeated to fill it."""
-    prompts: Words = ()
-    """Prompts of a text-conditioned model."""
-    class_labels: tuple[CountOrZero, ...] = ()
-    """Labels of a class-conditioned model; empty: each class in turn."""
-    scheduler: Literal[
-        "ddpm", "ddim", "dpmsolver++", "unipc", "euler", "euler_ancestral",
-        "edm_euler", "edm_heun", "flow_euler", "flow_heun",
-    ] = "ddpm"  # fmt: skip
-    """Sampler, saved in the exported pipeline: edm_... for objective.kind edm, flow_... for flow, the rest for ddpm."""
-    num_inference_steps: Count = 1000
-    """Sampling steps (1000 as in train_unconditional)."""
-    guidance_scale: PositiveOrZero = 1.0
-    """Classifier-free guidance; 1 is none. Needs a condition trained with dropout."""
-    sample_seed: CountOrZero = 0
-    """Seed of the first image; the next images take the next seeds."""
-
-
-@section
 class Hub:
     """Publishing the exported pipeline. The token is taken from HF_TOKEN or the stored login, never from here."""
 
@@ -303,7 +279,7 @@ class TrainConfig:
         wanted = max(len(self.sample.prompts), len(self.sample.class_labels))
         if wanted > self.sample.num_images:
             yield "sample.num_images", f"{self.sample.num_images} cannot show {wanted} prompts or labels: raise it"
-        if self.sample.guidance_scale not in (0.0, 1.0):
+        if self.sample.guidance_scale not in (0.0, 1.0) and self.sample.autoguidance is None:
             if kind == "none":
                 yield "sample.guidance_scale", "there is no condition to guide with: use 1"
             elif not self.conditioning.condition_dropout and self.model.kind != "pretrained":
@@ -317,8 +293,14 @@ class TrainConfig:
                 "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
                 "variance.kind fixed_small or fixed_large with vb_loss none"
             )
-        if objective.kind == "ddpm" and self.sample.num_inference_steps > objective.num_train_timesteps:
-            yield "sample.num_inference_steps", (
-                f"{self.sample.num_inference_steps} steps are more than objective.num_train_timesteps "
-                f"{objective.num_train_timesteps}"
-            )
+        yield from contradictions(self.sample, objective)
+
+    @property
+    def sampler(self) -> str:
+        """sample.scheduler, or the default of objective.kind."""
+        return sampler_of(self.sample, self.objective.kind)
+
+    @property
+    def sampling_steps(self) -> int:
+        """How many steps the sampler takes."""
+        return steps_of(self.sample, self.objective)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
-    DDIMScheduler,
     DDPMPipeline,
     DiffusionPipeline,
     SchedulerMixin,
@@ -23,14 +22,19 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from finetune import guidance
+from finetune.autoguidance import load_guide
 from finetune.conditioning import ClassLabel, Condition, Conditioner, PooledText, TextSequence, Unconditional
 from finetune.config import TrainConfig
+from finetune.config_sample import Sampling
 from finetune.errors import ConfigError
 from finetune.models import UNet, bind
-from finetune.objective.process import VarianceExploding
-from finetune.samplers import SOLVERS, flow_sigmas, karras_sigmas
-from finetune.schedulers import ODE, ODE_SCHEDULERS, check_steps, process_of, sampling_scheduler, with_scheduler
+from finetune.sampling import Generators, Sampler, overridden
+from finetune.schedulers import ODE_SCHEDULERS, is_stock, sampling_scheduler, stable_diffusion_steps_so
 from finetune.space import LatentSpace, PixelSpace, Space
+
+SETTINGS = tuple(each.name for each in fields(Sampling))
+"""Names of the settings of sampling, which a pipeline holds as defaults of its call."""
 
 
 class UNetPipeline(DiffusionPipeline):
@@ -39,8 +43,8 @@ class UNetPipeline(DiffusionPipeline):
     The condition and the unconditional case are made by the very classes that made them in training.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["vae", "text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->guide->unet->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer", "guide"]
 
     def __init__(
         self,
@@ -49,26 +53,50 @@ class UNetPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
+        guide: UNet2DModel | UNet2DConditionModel | None = None,
         conditioning: str = "none",
         num_classes: int | None = None,
         class_names: list[str] | None = None,
-        num_inference_steps: int = 1000,
-        guidance_scale: float = 1.0,
         solver: str = "euler",
+        trained_respacing: str | None = None,
+        rescale_timesteps: bool = False,
+        num_inference_steps: int | None = None,
+        respacing: str | None = None,
+        eta: float = 0.0,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float | None = None,
+        s_noise: float = 1.0,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: list[float] | None = None,
     ) -> None:
-        """conditioning: none, class_label, pooled_text or text. num_inference_steps, guidance_scale: the defaults.
+        """conditioning: none, class_label, pooled_text or text. guide: the weaker network of autoguidance.
 
         solver: euler or heun, with a scheduler of EDM or rectified flow; the others are their own solvers.
+        trained_respacing, rescale_timesteps: as in the objective. The rest are the defaults of the call's arguments of
+        these names (config_sample.Sampling).
         """
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "guide": guide}
+        self.register_modules(unet=unet, scheduler=scheduler, **parts)
         self.register_to_config(
             conditioning=conditioning,
             num_classes=num_classes,
             class_names=class_names,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
             solver=solver,
+            trained_respacing=trained_respacing,
+            rescale_timesteps=rescale_timesteps,
+            num_inference_steps=num_inference_steps,
+            respacing=respacing,
+            eta=eta,
+            s_churn=s_churn,
+            s_tmin=s_tmin,
+            s_tmax=s_tmax,
+            s_noise=s_noise,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
         )
 
     @torch.no_grad()
@@ -80,65 +108,55 @@ class UNetPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: str = "pil",
+        **further: Any,
     ) -> ImagePipelineOutput:
         """Draw one image per prompt or class label; a single one, or none at all, is drawn batch_size times (once).
 
-        guidance_scale s: unconditional + s (conditional - unconditional), so 1 is no guidance (Ho & Salimans 2022 call
-        it 1 + w). generator: one, or one per image, which then do not depend on each other. output_type: pil; pt
-        [B, C, H, W] and np [B, H, W, C] in [0, 1]; or latent, x0 before it is decoded. Raises ConfigError for
-        arguments that contradict the pipeline or each other.
+        guidance_scale s: weak + s (strong - weak), so 1 is no guidance (Ho & Salimans 2022 call it 1 + w); weak is the
+        unconditional case, or the guide with the condition if there is one. generator: one, or one per image, which
+        then do not depend on each other. output_type: pil; pt [B, C, H, W] and np [B, H, W, C] in [0, 1]; or latent, x0
+        before it is decoded. further: the other settings of config_sample.Sampling, such as eta. What is not given is
+        as in the pipeline's config. Raises ConfigError for arguments that contradict the pipeline or each other.
         """
         wanted, n = self._wanted(prompt, class_labels, batch_size)
-        config = self.config
-        steps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        guidance = config.guidance_scale if guidance_scale is None else guidance_scale
+        sampler = self.sampler(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **further)
+        settings, space = sampler.settings, self.space()
         if output_type not in ("pil", "pt", "np", "latent"):
             raise ConfigError(f"output_type must be pil, pt, np or latent, got {output_type!r}")
-        if config.conditioning == "none" and guidance not in (0, 1):
-            raise ConfigError(f"there is no condition to guide with: guidance_scale must be 1, got {guidance}")
-        if self.unet.config.out_channels != self.unet.config.in_channels and guidance not in (0, 1):
-            raise ConfigError(f"a learned variance cannot be guided: guidance_scale must be 1, got {guidance}")
+        if self.config.conditioning == "none" and self.guide is None and settings.guidance_scale not in (0, 1):
+            scale = settings.guidance_scale
+            raise ConfigError(f"there is no condition to guide with: guidance_scale must be 1, got {scale:g}")
         if isinstance(generator, list) and len(generator) != n:
             raise ConfigError(f"give one generator, or one per image: got {len(generator)} for {n} images")
-        check_steps(self.scheduler, steps)
+        sampler.check()
 
-        network = self._guided(wanted, n, guidance)
-        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
-        device = self._execution_device
-        x = randn_tensor((n, channels, size, size), generator=generator, device=device, dtype=torch.float32)
-        ode = isinstance(self.scheduler, ODE)
-        x = self._solved(network, x, steps) if ode else self._stepped(network, x, steps, generator)
+        network = self._guided(wanted, n, settings)
+        shape, device = (n, space.channels, space.size, space.size), self._execution_device
+        x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        with self.progress_bar(total=sampler.evaluations) as bar:
+
+            def counted(x: Tensor, time: Tensor, ratio: float) -> Tensor:
+                bar.update()
+                return network(x, time, ratio)
+
+            x = sampler(counted, x, generator)
         images = x if output_type == "latent" else self._images(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
 
-    def _stepped(self, network: Any, x: Tensor, steps: int, generator: Any) -> Tensor:
-        """Pure noise x -> x0, by the steps of the scheduler."""
-        self.scheduler.set_timesteps(steps, device=x.device)
-        x = x * self.scheduler.init_noise_sigma
-        options = self._step_options(generator)
-        for t in self.progress_bar(self.scheduler.timesteps):
-            output = network(self.scheduler.scale_model_input(x, t), t)
-            x = self.scheduler.step(output, t, x, **options).prev_sample
-        return x
-
-    def _solved(self, network: Any, x: Tensor, steps: int) -> Tensor:
-        """Pure noise x -> x0, by the probability flow of the process that was trained."""
-        process, prediction = process_of(self.scheduler)
-        config = self.scheduler.config
-        if isinstance(process, VarianceExploding):
-            sigmas = karras_sigmas(steps, sigma_min=config.sigma_min, sigma_max=config.sigma_max, rho=config.rho)
-        else:
-            sigmas = flow_sigmas(steps, shift=config.shift)
-
-        def denoise(x: Tensor, level: Tensor) -> Tensor:
-            alpha, sigma, time = process(level[None])
-            output = network(process.scale_input(x, sigma), time[0].to(x.device))
-            return prediction.x0(x, output, alpha, sigma)
-
-        return SOLVERS[self.config.solver](denoise, x * float(sigmas[0]), sigmas)
+    def sampler(self, **given: Any) -> Sampler:
+        """The sampler with these settings of config_sample.Sampling; those that are not given are the config's."""
+        config = self.config
+        defaults = Sampling(**{name: config[name] for name in SETTINGS})
+        return Sampler(
+            scheduler=self.scheduler,
+            settings=overridden(defaults, **given),
+            solver=config.solver,
+            trained_respacing=config.trained_respacing,
+            rescale_timesteps=config.rescale_timesteps,
+        )
 
     def space(self) -> Space:
         """The space of the UNet's x0."""
@@ -182,35 +200,34 @@ class UNetPipeline(DiffusionPipeline):
             raise ConfigError(f"batch_size ({batch_size}) must be the number of {takes} ({len(given)}), at least 1")
         return given, len(given)
 
-    def _guided(self, wanted: list | None, n: int, scale: float):
-        """network(x, t) -> output, float32, guided by `scale` in one doubled batch."""
-        conditioner = self.conditioner()
-        if wanted is None or scale == 0:
-            return self._network(conditioner.unconditional(n))
-        condition = conditioner.condition(wanted)
+    def _guided(self, wanted: list | None, n: int, settings: Sampling) -> guidance.Guided:
+        """The network under the condition, guided as the settings say."""
+        conditioner, scale = self.conditioner(), settings.guidance_scale
+        condition = conditioner.unconditional(n) if wanted is None else conditioner.condition(wanted)
+        alone = self._network(self.unet, condition)
         if scale == 1:
-            return self._network(condition)
-        unconditional = conditioner.unconditional(n)
-        both = self._network({name: torch.cat([unconditional[name], condition[name]]) for name in condition})
+            return guidance.unguided(alone)
+        if self.guide is not None:
+            pair = guidance.two(self._network(self.guide, condition), alone)
+        else:
+            unconditional = conditioner.unconditional(n)
+            if scale == 0:
+                return guidance.unguided(self._network(self.unet, unconditional))
+            both = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}
+            pair = guidance.doubled(self._network(self.unet, both))
+        how = guidance.Guidance(
+            scale=scale,
+            channels=self.space().channels,
+            rescale=settings.guidance_rescale,
+            interval=settings.guidance_interval,
+        )
+        return guidance.guided(alone, pair, how)
 
-        def network(x: Tensor, t: Tensor) -> Tensor:
-            without, with_ = both(torch.cat([x, x]), t).chunk(2)
-            return without + scale * (with_ - without)
-
-        return network
-
-    def _network(self, condition: Condition):
-        dtype, device = self.unet.dtype, self._execution_device
+    def _network(self, unet: UNet, condition: Condition) -> guidance.Network:
+        dtype, device = unet.dtype, self._execution_device
         condition = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in condition.items()}
-        network = bind(self.unet, condition)
+        network = bind(unet, condition)
         return lambda x, t: network(x.to(dtype), t).float()
-
-    def _step_options(self, generator: Any) -> dict[str, Any]:
-        options = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
-        if isinstance(self.scheduler, DDIMScheduler):
-            # Clipping x0 must change the noise it implies too (Nichol & Dhariwal 2021), or x_t-1 is made of two images.
-            options["use_clipped_model_output"] = True
-        return options
 
     def _images(self, x0: Tensor, output_type: str) -> Any:
         pixels = (self.space().decode(x0) / 2 + 0.5).clamp(0, 1)
@@ -221,27 +238,33 @@ class UNetPipeline(DiffusionPipeline):
 
 
 def build_pipeline(
-    unet: UNet, space: Space, conditioner: Conditioner, scheduler: SchedulerMixin, cfg: TrainConfig
+    unet: UNet,
+    space: Space,
+    conditioner: Conditioner,
+    scheduler: SchedulerMixin,
+    cfg: TrainConfig,
+    *,
+    guide: UNet | None = None,
 ) -> DiffusionPipeline:
     """The pipeline around these modules, not copied, on the devices where they are.
 
-    scheduler: the training scheduler; the pipeline's is cfg.sample.scheduler with its noise. Stock DDPMPipeline,
-    DDIMPipeline or StableDiffusionPipeline where it samples exactly what was trained, UNetPipeline else. Raises
-    ConfigError if cfg.sample asks for what the sampler cannot do.
+    scheduler: the training scheduler; the pipeline's is cfg.sampler with its noise. guide: the UNet that
+    cfg.sample.autoguidance names, if it is loaded already. Stock DDPMPipeline, DDIMPipeline or StableDiffusionPipeline
+    where it samples exactly what was trained, UNetPipeline else. Raises ConfigError if cfg.sample asks for what the
+    sampler cannot do.
     """
     sampler = sampling_scheduler(scheduler, cfg, space)
-    stock = isinstance(unet, UNet2DModel) and "num_attention_heads" not in unet.config  # which diffusers ignores
-    if stock and isinstance(space, PixelSpace) and conditioner.kind == "none":
-        # They neither scale the model's input nor the first noise, so they are right for these two schedulers alone.
-        if cfg.sample.scheduler == "ddpm":
-            return DDPMPipeline(unet, sampler)
-        if cfg.sample.scheduler == "ddim":
-            return DDIMPipeline(unet, sampler)
+    stock = is_stock(sampler, cfg)
     text: dict[str, Any] = {}
     if isinstance(conditioner, PooledText | TextSequence):
         text = {"text_encoder": conditioner.text_encoder, "tokenizer": conditioner.tokenizer}
-    if _is_stable_diffusion(unet, space, conditioner) and not isinstance(sampler, ODE):
-        check_stable_diffusion_guidance(cfg.sample.guidance_scale)
+    if stock and _is_unconditional(unet, space, conditioner):
+        # They neither scale the model's input nor the first noise, so they are right for these two schedulers alone.
+        if cfg.sampler == "ddpm":
+            return DDPMPipeline(unet, sampler)
+        if cfg.sampler == "ddim":
+            return DDIMPipeline(unet, sampler)
+    if stock and _is_stable_diffusion(unet, space, conditioner) and stable_diffusion_steps_so(sampler, cfg):
         return StableDiffusionPipeline(
             vae=space.vae,
             unet=unet,
@@ -254,40 +277,38 @@ def build_pipeline(
     is_class = isinstance(conditioner, ClassLabel)
     if is_class:
         conditioner.condition(cfg.sample.class_labels)  # refuses a label that is no class
-    return UNetPipeline(
+    if guide is None and cfg.sample.autoguidance is not None:
+        guide = load_guide(cfg.sample.autoguidance, unet)
+    pipeline = UNetPipeline(
         unet=unet,
         scheduler=sampler,
         vae=space.vae if isinstance(space, LatentSpace) else None,
+        guide=guide,
         conditioning=conditioner.kind,
         num_classes=conditioner.num_classes if is_class else None,
         class_names=list(conditioner.class_names) if is_class and conditioner.class_names else None,
-        num_inference_steps=cfg.sample.num_inference_steps,
-        guidance_scale=cfg.sample.guidance_scale,
-        solver=ODE_SCHEDULERS.get(cfg.sample.scheduler, "euler"),
         **text,
+        **_sampling(cfg),
     )
-
-
-def with_sampler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
-    """The same pipeline with the sampler `name`. Raises ConfigError for one that does not fit its noise."""
-    pixel = pipeline.components.get("vae") is None
-    clip = pipeline.scheduler.config.get("clip_sample", pixel)
-    scheduler, solver = with_scheduler(pipeline.scheduler, name, clip_sample=clip), ODE_SCHEDULERS.get(name, "euler")
-    unconditional = isinstance(pipeline, DDPMPipeline | DDIMPipeline) or pipeline.config.get("conditioning") == "none"
-    if unconditional and pixel:
-        if name in ("ddpm", "ddim"):
-            return {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}[name](pipeline.unet, scheduler)
-        return UNetPipeline(pipeline.unet, scheduler, solver=solver)
-    pipeline.register_modules(scheduler=scheduler)
-    if isinstance(pipeline, UNetPipeline):
-        pipeline.register_to_config(solver=solver)
+    pipeline.sampler().check()
     return pipeline
 
 
-def check_stable_diffusion_guidance(scale: float) -> None:
-    """Raises ConfigError for a guidance that StableDiffusionPipeline would not apply."""
-    if scale < 1:
-        raise ConfigError(f"StableDiffusionPipeline ignores a guidance_scale below 1, got {scale}: use 1 for none")
+def _sampling(cfg: TrainConfig) -> dict[str, Any]:
+    """The arguments of UNetPipeline that say how to sample."""
+    ddpm, settings = cfg.objective.kind == "ddpm", {k: v for k, v in asdict(cfg.sample).items() if k in SETTINGS}
+    return settings | {
+        "num_inference_steps": None if cfg.sample.respacing else cfg.sampling_steps,
+        "solver": ODE_SCHEDULERS.get(cfg.sampler, "euler"),
+        "trained_respacing": cfg.objective.respacing if ddpm else None,
+        "rescale_timesteps": ddpm and cfg.objective.rescale_timesteps,
+    }
+
+
+def _is_unconditional(unet: UNet, space: Space, conditioner: Conditioner) -> bool:
+    """Whether DDPMPipeline and DDIMPipeline draw this kind; diffusers ignores num_attention_heads, which is ours."""
+    plain = isinstance(unet, UNet2DModel) and "num_attention_heads" not in unet.config
+    return plain and isinstance(space, PixelSpace) and conditioner.kind == "none"
 
 
 def _is_stable_diffusion(unet: UNet, space: Space, conditioner: Conditioner) -> bool:

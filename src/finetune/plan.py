@@ -181,7 +181,7 @@ def samples_line(cfg: TrainConfig) -> str:
     """How many images, how, and when."""
     sample = cfg.sample
     often = f"every {sample.sample_every:,} steps and at the end" if sample.sample_every else "at the end"
-    return f"{sample.num_images} images {often}, {sample.scheduler} in {sample.num_inference_steps} steps"
+    return f"{sample.num_images} images {often}, {cfg.sampler} in {cfg.sampling_steps} steps"
 
 
 def push_line(cfg: TrainConfig, name: str) -> str:

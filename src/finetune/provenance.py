@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from finetune.config import TrainConfig
+from finetune.config_io import dump
 from finetune.pretrained import HUB_ID
 
 PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "datasets", "safetensors", "numpy")
@@ -27,11 +29,19 @@ SOURCES = (
     ("conditioning", "text_encoder"),
     ("conditioning", "tokenizer"),
     ("model", "pretrained_model_name_or_path"),
+    ("sample", "autoguidance"),
 )
 """The settings that hold a Hub id or a local path."""
 
 # Two parts or more, or below "~" or a drive: "/n" or "1/2" in a text is no path, and neither is what follows "https:".
 _PATH = re.compile(r"""(?<![\w.:/\\~-])(?:(?:[/\\][^\s/\\'":,;<>|]+){2,}|(?:~|[A-Za-z]:)(?:[/\\][^\s/\\'":,;<>|]+)+)""")
+
+
+def write_run_files(cfg: TrainConfig, **facts: Any) -> None:
+    """output_dir/config.yaml, as resolved, and run.json: run_facts and these facts, of JSON types."""
+    folder = Path(cfg.output_dir)
+    (folder / "config.yaml").write_text(dump(cfg), "utf-8")
+    (folder / "run.json").write_text(json.dumps(run_facts(cfg) | facts, indent=1))
 
 
 def run_facts(cfg: TrainConfig) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.config_sample import SAMPLERS
 from finetune.errors import ConfigError
+from finetune.grids import grid
 from finetune.pretrained import resolve_source
 
 if TYPE_CHECKING:
@@ -17,14 +19,11 @@ if TYPE_CHECKING:
 
     from finetune.config import TrainConfig
 
-SCHEDULER_NAMES = (
-    "ddpm", "ddim", "dpmsolver++", "unipc", "euler", "euler_ancestral",
-    "edm_euler", "edm_heun", "flow_euler", "flow_heun",
-)  # fmt: skip
+FURTHER = ("respacing", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "guidance_rescale", "guidance_interval")
+"""Settings of config_sample.Sampling that UNetPipeline alone takes."""
+
 DEFAULT_IMAGES = 16  # of an unconditional or class-conditional pipeline
 BATCH_PIXELS = 1 << 19  # drawn at a time by default: 16 images of 128 pixels, 2 of 512
-GRID_SIDE = 96  # smaller images are enlarged in grids, so that labels fit under them
-LABEL_LINES = 2
 
 
 def generate(
@@ -37,20 +36,22 @@ def generate(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
+    **further: Any,
 ) -> list[Image]:
     """Draw num_images images from a UNetPipeline or a stock DDPM, DDIM or StableDiffusion pipeline.
 
     Image i takes all its noise from a CPU generator seeded with seed + i, so it does not depend on batch_size, on the
     other images or on the device, and torch's global random state is not touched. Prompts or class labels are repeated
     to fill num_images; without labels, a class-conditional pipeline draws each class in turn. num_inference_steps,
-    guidance_scale: unset for the pipeline's own. Raises ConfigError for what the pipeline cannot take.
+    guidance_scale: unset for the pipeline's own. further: those of FURTHER, for a UNetPipeline. Raises ConfigError for
+    what the pipeline cannot take.
     """
     import torch
 
     if num_images < 1:
         raise ConfigError(f"num_images must be at least 1, got {num_images}")
     wanted = wanted_conditions(pipeline, num_images, prompts=prompts, class_labels=class_labels)
-    options = _options(pipeline, num_inference_steps, guidance_scale)
+    options = _options(pipeline, num_inference_steps, guidance_scale, further)
     batch_size = batch_size or batch_for(pipeline)
     images: list[Image] = []
     for start in range(0, num_images, batch_size):
@@ -115,12 +116,20 @@ def batch_for(pipeline: DiffusionPipeline) -> int:
     return max(1, min(16, BATCH_PIXELS // side**2))
 
 
-def _options(pipeline: DiffusionPipeline, steps: int | None, guidance: float | None) -> dict[str, Any]:
+def _options(
+    pipeline: DiffusionPipeline, steps: int | None, guidance: float | None, further: dict[str, Any]
+) -> dict[str, Any]:
     """The keyword arguments of the pipeline's call that do not differ between images."""
-    from finetune.pipelines import check_stable_diffusion_guidance
+    name = type(pipeline).__name__
+    if name == "UNetPipeline":
+        return {"num_inference_steps": steps, "guidance_scale": guidance, **further}
+    from finetune.conversion import check_stable_diffusion_guidance
     from finetune.schedulers import check_steps
 
-    name = type(pipeline).__name__
+    if unknown := [each for each, value in further.items() if value is not None]:
+        raise ConfigError(
+            f"a {name} takes no {', '.join(unknown)}: finetune.conversion.as_unet_pipeline makes it one that does"
+        )
     options: dict[str, Any] = {}
     if steps is not None:
         check_steps(pipeline.scheduler, steps)
@@ -138,16 +147,19 @@ def _options(pipeline: DiffusionPipeline, steps: int | None, guidance: float | N
 
 
 def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path) -> None:
-    """Draw the images that cfg.sample asks for and write them to `path` as one labelled grid."""
-    section = cfg.sample
+    """Draw the images that cfg.sample asks for and write them to `path` as one labelled grid.
+
+    pipeline: that of build_pipeline for this cfg.
+    """
+    section, ours = cfg.sample, type(pipeline).__name__ == "UNetPipeline"  # which has the settings itself
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     given = {"prompts": section.prompts, "class_labels": section.class_labels}
     images = generate(
         pipeline,
         num_images=section.num_images,
         seed=section.sample_seed,
-        num_inference_steps=section.num_inference_steps,
-        guidance_scale=section.guidance_scale,
+        num_inference_steps=None if ours else cfg.sampling_steps,
+        guidance_scale=None if ours else section.guidance_scale,
         **given,
     )
     labels = captions_of(pipeline, wanted_conditions(pipeline, section.num_images, **given))
@@ -159,54 +171,6 @@ def _columns(labels: Sequence[str] | None) -> int | None:
     """One column per prompt or class where that fits a screen."""
     distinct = len(set(labels or ()))
     return distinct if 2 <= distinct <= 12 else None
-
-
-def grid(images: Sequence[Image], labels: Sequence[str] | None = None, columns: int | None = None) -> Image:
-    """Images of one size, row by row on white, each with its label under it; about square unless columns is given.
-
-    Images smaller than GRID_SIDE are enlarged by a whole factor without smoothing.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    if not images or len({image.size for image in images}) > 1:
-        raise ValueError("a grid needs at least one image, all of one size")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"a grid needs one label per image, got {len(labels)} for {len(images)}")
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    factor = -(-GRID_SIDE // max(images[0].size))
-    width, height = (side * factor for side in images[0].size)
-    font, margin = ImageFont.load_default(size=11), 4
-    texts = [_wrapped(label, font, width) for label in labels or ()]
-    strip = 14 * max((len(lines) for lines in texts), default=0)
-    step_x, step_y = width + margin, height + strip + margin
-    rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * step_x + margin, rows * step_y + margin), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, image in enumerate(images):
-        left, top = margin + i % columns * step_x, margin + i // columns * step_y
-        canvas.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
-        for line, text in enumerate(texts[i] if texts else ()):
-            draw.text((left, top + height + 14 * line), text, fill="black", font=font)
-    return canvas
-
-
-def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """Words of `text` on at most LABEL_LINES lines of `width` pixels; what does not fit is cut and marked by dots."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    cut = len(lines) > LABEL_LINES
-    lines = lines[:LABEL_LINES]
-    for i, line in enumerate(lines):
-        if font.getlength(line) > width or (cut and i == LABEL_LINES - 1):
-            while line and font.getlength(line + "...") > width:
-                line = line[:-1]
-            lines[i] = line + "..."
-    return lines
 
 
 def load_pipeline(source: str) -> DiffusionPipeline:
@@ -228,8 +192,9 @@ def load_pipeline(source: str) -> DiffusionPipeline:
     name = str(index.get("_class_name"))
     if name not in classes:
         raise ConfigError(f"{source} holds a {name}: only {', '.join(classes)} can be drawn from")
+    settings = {"class_names", "guidance_interval"}  # the lists that name no library
     libraries = {value[0] for key, value in index.items() if isinstance(value, list) and not key.startswith("_")
-                 and key != "class_names"}  # fmt: skip
+                 and key not in settings}  # fmt: skip
     if foreign := libraries - {"diffusers", "transformers", "stable_diffusion", None}:
         raise ConfigError(f"{source} wants classes of {', '.join(map(str, foreign))}, which are not loaded: no code is "
                           "taken from a model repository")  # fmt: skip
@@ -253,14 +218,17 @@ def _pipeline_source(source: str) -> str:
     return source
 
 
-def _run_defaults(source: str) -> dict[str, Any]:
+def _run_defaults(source: str, pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Steps and guidance of the run that a stock pipeline belongs to, which has no place for them itself."""
     import yaml
 
     for path in (Path(source) / "config.yaml", Path(source).parent / "config.yaml"):
         if path.is_file():
             section = yaml.safe_load(path.read_text()).get("sample", {})
-            return {k: section[k] for k in ("num_inference_steps", "guidance_scale") if k in section}
+            given = {k: section.get(k) for k in ("num_inference_steps", "guidance_scale")}
+            return {"num_inference_steps": pipeline.scheduler.config.num_train_timesteps} | {
+                name: value for name, value in given.items() if value is not None
+            }
     return {}
 
 
@@ -276,7 +244,20 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next take the next seeds")
     parser.add_argument("--steps", type=int, help="sampling steps; default: the pipeline's, or the run's")
     parser.add_argument("--guidance_scale", type=float, help="1 is none; default: the pipeline's, or the run's")
-    parser.add_argument("--scheduler", choices=SCHEDULER_NAMES, help="default: the pipeline's")
+    names = [name for family in SAMPLERS.values() for name in family]
+    parser.add_argument("--scheduler", choices=names, help="default: the pipeline's")
+    parser.add_argument("--respacing", help='timesteps of ddpm and ddim, not --steps: "250", "ddim50", "10,20,30"')
+    parser.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as ddpm; default: the pipeline's")
+    churn = "of edm_euler and edm_heun; default: the pipeline's"
+    parser.add_argument("--s_churn", type=float, help=f"noise added before each step {churn}")
+    parser.add_argument("--s_tmin", type=float, help=f"smallest sigma at which it is added {churn}")
+    parser.add_argument("--s_tmax", type=float, help=f"largest sigma at which it is added {churn}")
+    parser.add_argument("--s_noise", type=float, help=f"its standard deviation {churn}")
+    parser.add_argument("--guidance_rescale", type=float, help="0 to 1; default: the pipeline's (Lin et al. 2023)")
+    parser.add_argument("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help="guide at these sigma / alpha only (Kynkäänniemi et al. 2024)")  # fmt: skip
+    parser.add_argument("--autoguidance", metavar="PATH", help="guide by this weaker model: a run, a pipeline or UNet "
+                        "folder, or a checkpoint step-... of a run (Karras et al. 2024)")  # fmt: skip
     parser.add_argument("--batch_size", type=int, help="images drawn at a time; changes no image")
     args = parser.parse_args(argv)
     for name in ("num_images", "steps", "batch_size"):
@@ -309,6 +290,19 @@ def _labels(pipeline: DiffusionPipeline, words: list[str]) -> list[int] | None:
     return [names.index(word) if word in names else int(word) for word in words]
 
 
+def _changed(pipeline: DiffusionPipeline, args: argparse.Namespace) -> DiffusionPipeline:
+    """The pipeline as a UNetPipeline, with another sampler or a guide if they are asked for."""
+    from finetune.autoguidance import load_guide
+    from finetune.conversion import as_unet_pipeline, set_sampler
+
+    pipeline = as_unet_pipeline(pipeline)
+    if args.scheduler:
+        set_sampler(pipeline, args.scheduler)
+    if args.autoguidance:
+        pipeline.register_modules(guide=load_guide(args.autoguidance, pipeline.unet))
+    return pipeline
+
+
 def sample_main(argv: list[str] | None = None) -> None:
     """The command `finetune sample`. Raises ConfigError for arguments that cannot work, most before torch is loaded."""
     args = _arguments(argv)
@@ -317,11 +311,12 @@ def sample_main(argv: list[str] | None = None) -> None:
     import torch
 
     pipeline = load_pipeline(source)
-    defaults = {} if type(pipeline).__name__ == "UNetPipeline" else _run_defaults(source)
-    if args.scheduler:
-        from finetune.pipelines import with_sampler
-
-        pipeline = with_sampler(pipeline, args.scheduler)
+    defaults = {} if type(pipeline).__name__ == "UNetPipeline" else _run_defaults(source, pipeline)
+    further = {name: value for name in FURTHER if (value := vars(args)[name]) is not None}
+    if args.scheduler or args.autoguidance or further:
+        pipeline = _changed(pipeline, args)
+    if args.respacing:
+        defaults.pop("num_inference_steps", None)
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     pipeline.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     given = {"prompts": args.prompt, "class_labels": _labels(pipeline, args.class_label)}
@@ -334,6 +329,7 @@ def sample_main(argv: list[str] | None = None) -> None:
         guidance_scale=defaults.get("guidance_scale") if args.guidance_scale is None else args.guidance_scale,
         batch_size=args.batch_size,
         **given,
+        **further,
     )
     args.out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):

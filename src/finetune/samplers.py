@@ -1,6 +1,7 @@
-"""Solvers of the probability flow of EDM and of rectified flow, over a `denoise(x, sigma) -> x0`.
+"""Samplers as pure functions over the network's clean sample: of the DDPM's reverse process, EDM and rectified flow.
 
-Both processes have dx/dsigma = (x - x0) / sigma, so they share the solvers. Of rectified flow
+`ancestral` and `ddim` visit the kept timesteps of a NoiseProcess, with its float64 tables. `euler` and `heun` solve the
+probability flow dx/dsigma = (x - x0) / sigma, which EDM and rectified flow share: of rectified flow
 x = (1 - sigma) x0 + sigma noise, hence x - x0 = sigma (noise - x0), its velocity times sigma.
 """
 
@@ -13,8 +14,80 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finetune.objective.likelihood import Posterior
+from finetune.objective.process import NoiseProcess, per_sample
+
+Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""predict(x_t [B, ...], level [1]) -> the clean sample [B, ...], and the variance half of the output if it has one."""
+
+Rates = tuple[Tensor, Tensor]
+"""alpha and sigma of x = alpha x0 + sigma noise, [B] or [1] float64 each."""
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """denoise(x [B, ...], sigma, float64 scalar on the CPU) -> the clean sample [B, ...]."""
+
+
+# ---- the reverse process of a DDPM
+
+
+def ancestral(predict: Predict, x: Tensor, posterior: Posterior, noise: Callable[[], Tensor]) -> Tensor:
+    """Pure noise x [B, ...] -> x0, through all levels of `posterior` (Ho et al. 2020, algorithm 2).
+
+    noise: standard normal noise of the shape of x; called at every level but the last, which adds none.
+    """
+    for t in reversed(range(len(posterior.log_beta))):
+        level = torch.tensor([t])
+        x0, fraction = predict(x, level)
+        x = ancestral_step(posterior, x, x0, level, noise=noise() if t else torch.zeros_like(x), fraction=fraction)
+    return x
+
+
+def ancestral_step(
+    posterior: Posterior, x: Tensor, x0: Tensor, level: Tensor, *, noise: Tensor, fraction: Tensor | None = None
+) -> Tensor:
+    """x_t [B, ...] -> x_{t-1}: the posterior mean of x0, and noise with the variance of p; none at level 0.
+
+    level: [B] or [1]. fraction: the variance half of the output, if it is learned.
+    """
+    std = torch.exp(posterior.model_log_variance(level, x, fraction) / 2)
+    return posterior.mean(x0, x, level) + per_sample((level > 0).double(), x) * std * noise
+
+
+def ddim(
+    predict: Predict, x: Tensor, process: NoiseProcess, *, eta: float = 0.0, noise: Callable[[], Tensor]
+) -> Tensor:
+    """Pure noise x [B, ...] -> x0, through all levels of `process` (Song et al. 2021); eta: see `ddim_step`.
+
+    noise: as `ancestral`; not called if eta is 0.
+    """
+    clean = (torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    for t in reversed(range(len(process.alpha))):
+        level = torch.tensor([t])
+        alpha, sigma, _ = process(level)
+        lower = process(level - 1)[:2] if t else clean
+        x0, _ = predict(x, level)
+        x = ddim_step(x, x0, (alpha, sigma), lower, eta=eta, noise=noise() if eta and t else None)
+    return x
+
+
+def ddim_step(
+    x: Tensor, x0: Tensor, here: Rates, there: Rates, *, eta: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
+    """x [B, ...] with the rates `here` -> x with the rates `there` (Song et al. 2021, equation 12).
+
+    The noise that x holds is taken from x and x0, so a clipped x0 changes it too (Nichol & Dhariwal 2021). With eta 0
+    `there` may also be noisier. eta: new noise, as a multiple of the standard deviation of the DDPM's posterior.
+    """
+    (alpha, sigma), (next_alpha, next_sigma) = here, there
+    held = (x - per_sample(alpha, x) * x0) / per_sample(sigma, x)
+    if noise is None:
+        return per_sample(next_alpha, x) * x0 + per_sample(next_sigma, x) * held
+    std = eta * next_sigma / sigma * (1 - (alpha / next_alpha) ** 2).sqrt()
+    rest = (next_sigma**2 - std**2).clamp(min=0).sqrt()  # eta 1 may round below 0
+    return per_sample(next_alpha, x) * x0 + per_sample(rest, x) * held + per_sample(std, x) * noise
+
+
+# ---- the probability flow of EDM and of rectified flow
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,10 @@
-"""The scheduler of a pipeline: which samplers fit an objective, and what they cannot do."""
+"""The scheduler of a pipeline: the noise of training in the sampler's class, and what diffusers' classes cannot do.
+
+Which sampler goes with which objective and which setting stands in config_sample.py.
+"""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from diffusers import (
@@ -13,11 +15,13 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
 
 from finetune.config import TrainConfig
+from finetune.config_sample import CLIPPING, SAMPLERS, misfit
 from finetune.errors import ConfigError
 from finetune.objective.prediction import Prediction
 from finetune.objective.process import Process, RectifiedFlow, VarianceExploding
@@ -30,11 +34,15 @@ SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {}),
     "euler": (EulerDiscreteScheduler, {}),
     "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
 }
 """sample.scheduler -> class and the arguments in which it differs from the training scheduler."""
 
 ODE = (EDMEulerScheduler, FlowMatchEulerDiscreteScheduler)
 """The schedulers that name a process and its levels only; the steps are those of samplers.py."""
+
+KEPT = (DDPMScheduler, DDIMScheduler)
+"""The schedulers whose steps samplers.py has too, for any kept timesteps."""
 
 ODE_SCHEDULERS = {"edm_euler": "euler", "edm_heun": "heun", "flow_euler": "euler", "flow_heun": "heun"}
 """sample.scheduler of EDM and of rectified flow -> the solver."""
@@ -50,85 +58,86 @@ def process_of(scheduler: SchedulerMixin) -> tuple[Process, Prediction]:
     return VarianceExploding(config.sigma_data), Prediction(kind, sigma_data=config.sigma_data)
 
 
-def check_family(training: SchedulerMixin, name: str) -> None:
-    """Raises ConfigError if the sampler `name` removes another kind of noise than `training` added."""
-    if isinstance(training, ODE):
-        family = "edm" if isinstance(training, EDMEulerScheduler) else "flow"
-        fitting = [each for each in ODE_SCHEDULERS if each.startswith(family)]
-    else:
-        family, fitting = "ddpm", list(SCHEDULERS)
-    if name not in fitting:
-        raise ConfigError(
-            f"sample.scheduler {name} does not remove the noise of objective.kind {family}: use {' or '.join(fitting)}"
-        )
+def name_of(scheduler: SchedulerMixin, solver: str) -> str:
+    """The sampler, as sample.scheduler calls it; the class name of a scheduler that it has no name for."""
+    if isinstance(scheduler, ODE):
+        return f"{_family(scheduler)}_{solver}"
+    return next((name for name, (cls, _) in SCHEDULERS.items() if type(scheduler) is cls), type(scheduler).__name__)
+
+
+def _family(scheduler: SchedulerMixin) -> str:
+    """objective.kind."""
+    if isinstance(scheduler, ODE):
+        return "edm" if isinstance(scheduler, EDMEulerScheduler) else "flow"
+    return "ddpm"
 
 
 def sampling_scheduler(training: SchedulerMixin, cfg: TrainConfig, space: Space) -> SchedulerMixin:
-    """cfg.sample.scheduler for the noise of the training scheduler, checked for cfg.sample.num_inference_steps."""
-    if isinstance(training, ODE):
-        scheduler = with_scheduler(training, cfg.sample.scheduler, clip_sample=False)
-        check_steps(scheduler, cfg.sample.num_inference_steps)
-        return scheduler
-    explicit = None
-    if cfg.objective.kind == "ddpm":
-        check_objective(cfg)
-        explicit = cfg.objective.clip_sample
+    """cfg's sampler for the noise of the training scheduler, checked for the steps that it takes."""
+    explicit = cfg.objective.clip_sample if cfg.objective.kind == "ddpm" else None
     clip = isinstance(space, PixelSpace) if explicit is None else explicit
-    if explicit and cfg.sample.scheduler not in ("ddpm", "ddim"):
-        raise ConfigError(
-            f"objective.clip_sample true needs sample.scheduler ddpm or ddim, {cfg.sample.scheduler} does not clip: "
-            "change one of them"
-        )
-    scheduler = with_scheduler(training, cfg.sample.scheduler, clip_sample=clip)
-    check_steps(scheduler, cfg.sample.num_inference_steps)
+    scheduler = with_scheduler(training, cfg.sampler, clip_sample=clip)
+    if not isinstance(scheduler, KEPT):
+        check_steps(scheduler, cfg.sampling_steps)
     return scheduler
 
 
-def check_objective(cfg: TrainConfig) -> None:
-    """Raises ConfigError for a DDPM that no sampler here samples as it was trained."""
-    objective, sample = cfg.objective, cfg.sample
-    if objective.respacing is not None:
-        raise ConfigError(
-            "objective.respacing trains few timesteps, and no sample.scheduler visits exactly these: remove it"
-        )
-    if objective.rescale_timesteps and objective.num_train_timesteps != 1000:
-        raise ConfigError(
-            "objective.rescale_timesteps gives the network t * 1000 / num_train_timesteps, but the samplers give it t: "
-            "remove it, or use num_train_timesteps 1000"
-        )
-    variance, total = objective.variance.kind, objective.num_train_timesteps
-    if variance == "learned_range" and sample.scheduler != "ddpm":
-        raise ConfigError(f"objective.variance.kind learned_range needs sample.scheduler ddpm, got {sample.scheduler}")
-    if variance == "learned_range" and sample.guidance_scale not in (0.0, 1.0):
-        raise ConfigError("sample.guidance_scale must be 1 with objective.variance.kind learned_range, "
-                          f"got {sample.guidance_scale}: the variance cannot be guided")  # fmt: skip
-    if variance != "fixed_small" and sample.scheduler == "ddpm" and sample.num_inference_steps != total:
-        # The last of fewer steps does not end at timestep 0, and DDPMScheduler then adds noise to the image.
-        raise ConfigError(
-            f"sample.scheduler ddpm with objective.variance.kind {variance} needs all {total} steps, got "
-            f"sample.num_inference_steps {sample.num_inference_steps}"
-        )
-
-
 def with_scheduler(training: SchedulerMixin, name: str, *, clip_sample: bool) -> SchedulerMixin:
-    """The scheduler `name` of SCHEDULERS with the noise, prediction type and zero-SNR setting of `training`.
+    """The scheduler of the sampler `name` with the noise, prediction type and zero-SNR setting of `training`.
 
     Trailing timesteps: sampling starts at the last level that was trained, as its initial pure noise demands (Lin et
     al. 2023, section 3.3). steps_offset is 1 because StableDiffusionPipeline rewrites any other; it is not used.
+    Raises ConfigError if the sampler removes another noise, or cannot sample the prediction type or zero SNR.
     """
-    check_family(training, name)
+    family = _family(training)
+    if name not in SAMPLERS[family]:
+        fitting = ", ".join(SAMPLERS[family])
+        raise ConfigError(f"{name} does not remove the noise of objective.kind {family}: use one of {fitting}")
     if isinstance(training, ODE):
         return type(training).from_config(training.config)
-    cls, arguments = SCHEDULERS[name]
-    if name == "euler_ancestral" and training.config.prediction_type == "sample":
-        raise ConfigError("sample.scheduler euler_ancestral cannot sample prediction_type sample: use another one")
-    if "clip_sample" in inspect.signature(cls).parameters:
+    (cls, arguments), config = SCHEDULERS[name], training.config
+    zero_snr = config.get("rescale_betas_zero_snr", False)
+    if problem := misfit(name, prediction_type=config.prediction_type, zero_snr=zero_snr):
+        raise ConfigError(problem)
+    if name in CLIPPING:
         arguments = arguments | {"clip_sample": clip_sample}
-    return cls.from_config(training.config, timestep_spacing="trailing", steps_offset=1, **arguments)
+    if config.beta_schedule == "sigmoid" and cls is not DDPMScheduler:  # the only class that knows it
+        arguments = arguments | {"trained_betas": training.betas.tolist()}
+    # Named, because from_config replaces what is the default of one class by the default of the other.
+    noise = {each: config[each] for each in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")}
+    return cls.from_config(config, timestep_spacing="trailing", steps_offset=1, **noise | arguments)
+
+
+def is_stock(scheduler: SchedulerMixin, cfg: TrainConfig) -> bool:
+    """Whether the pipelines of diffusers sample with this scheduler what cfg trains and asks for.
+
+    They give the network the timestep itself, and know neither kept timesteps nor the further options of guidance.
+    """
+    objective, sample = cfg.objective, cfg.sample
+    options = (sample.respacing, sample.eta, sample.guidance_rescale, sample.guidance_interval, sample.autoguidance)
+    if objective.kind != "ddpm" or any(options) or objective.respacing is not None:
+        return False
+    if objective.rescale_timesteps and objective.num_train_timesteps != 1000:
+        return False
+    if isinstance(scheduler, KEPT):
+        try:
+            check_steps(scheduler, cfg.sampling_steps)
+        except ConfigError:
+            return False
+    return objective.variance.kind != "learned_range" or isinstance(scheduler, DDPMScheduler)
+
+
+def stable_diffusion_steps_so(scheduler: SchedulerMixin, cfg: TrainConfig) -> bool:
+    """Whether StableDiffusionPipeline guides and steps with this scheduler as UNetPipeline does.
+
+    It ignores guidance below 1, guides a learned variance too, and cannot tell ddim that clipping changes the noise.
+    """
+    clipped = isinstance(scheduler, DDIMScheduler) and scheduler.config.clip_sample
+    return cfg.sample.guidance_scale >= 1 and cfg.objective.variance.kind != "learned_range" and not clipped
 
 
 def check_steps(scheduler: SchedulerMixin, steps: int) -> None:
-    """Raises ConfigError if the scheduler would take other steps than the `steps` asked for."""
+    """Raises ConfigError if the scheduler would itself take other steps than the `steps` asked for."""
     total = scheduler.config.num_train_timesteps
     if not 1 <= steps <= total:
         raise ConfigError(f"num_inference_steps must lie in 1..{total} (num_train_timesteps), got {steps}")
@@ -142,6 +151,12 @@ def check_steps(scheduler: SchedulerMixin, steps: int) -> None:
         )
     if isinstance(scheduler, ODE):
         return
+    if isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type != "fixed_small" and steps != total:
+        # The last of fewer steps does not end at timestep 0, and DDPMScheduler then adds noise to the image.
+        raise ConfigError(
+            f"DDPMScheduler with variance_type {scheduler.config.variance_type} needs all {total} steps, got {steps}: "
+            "use these, or `--scheduler ddpm` of `finetune sample`, which has steps of its own"
+        )
     probe = type(scheduler).from_config(scheduler.config)
     probe.set_timesteps(steps)
     if not 0 <= float(probe.timesteps.min()) <= float(probe.timesteps.max()) <= total - 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Collection, Iterator
@@ -15,10 +14,10 @@ import torch
 from tqdm.auto import tqdm
 
 from finetune import checkpoint, sample, tracking
+from finetune.autoguidance import load_guide
 from finetune.batching import Batch, make_loader
 from finetune.conditioning import build_conditioner
 from finetune.config import TrainConfig
-from finetune.config_io import dump
 from finetune.config_launch import batch_plan
 from finetune.data import open_data
 from finetune.ema import Ema, drop_snapshots_after
@@ -30,7 +29,7 @@ from finetune.objective import LossTerms, Objective, build_objective
 from finetune.optimization import build_optimizer, learning_rate
 from finetune.pipelines import build_pipeline
 from finetune.processes import build_accelerator, over_processes
-from finetune.provenance import run_facts
+from finetune.provenance import write_run_files
 from finetune.seeding import PositionRandom, key
 from finetune.signals import StopSignals, preempted
 from finetune.space import build_space
@@ -86,6 +85,8 @@ class Trainer:
         )
         self.objective.to(device)
         self.unet = build_unet(cfg, self.space, self.conditioner, seed=cfg.seed).to(device)
+        weaker = cfg.sample.autoguidance
+        self.guide = None if weaker is None else load_guide(weaker, self.unet)
         if cfg.train.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         if cfg.train.channels_last:
@@ -115,8 +116,8 @@ class Trainer:
         """
         cfg, tracker = self.cfg, tracking.Tracker(self.accelerator, self.cfg, resumed_step=self.step)
         self.pipeline()  # refuses now what could not be sampled at the end
-        self.write_run_files()
         if self.accelerator.is_main_process:
+            write_run_files(cfg, data=self.data.facts, data_fingerprint=self.data.fingerprint)
             drop_snapshots_after(self.output_dir / "ema_snapshots", self.step)
         meter = Meter(self.accelerator, self.objective)
         how = "the same command" + " without resume_from_checkpoint" * (cfg.resume_from_checkpoint != "latest")
@@ -280,11 +281,12 @@ class Trainer:
         self.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
         self.resumed_from_processes = found.state["processes"]
 
-    # -- samples and files ---------------------------------------------------------------------------------------------
+    # -- samples -------------------------------------------------------------------------------------------------------
 
     def pipeline(self) -> DiffusionPipeline:
         """The pipeline around the live modules (no copies). Inside `averaged_weights` it samples from the average."""
-        return build_pipeline(self.unet, self.space, self.conditioner, self.objective.scheduler, self.cfg)
+        parts = (self.unet, self.space, self.conditioner, self.objective.scheduler)
+        return build_pipeline(*parts, self.cfg, guide=self.guide)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -308,13 +310,6 @@ class Trainer:
     def sample_path(self) -> Path:
         """Where `sample` draws at this step."""
         return self.output_dir / "samples" / f"step-{self.step:08d}.png"
-
-    def write_run_files(self) -> None:
-        """config.yaml, as resolved, and run.json, what a reader needs to judge and repeat the run."""
-        if self.accelerator.is_main_process:
-            (self.output_dir / "config.yaml").write_text(dump(self.cfg), "utf-8")
-            facts = run_facts(self.cfg) | {"data": self.data.facts, "data_fingerprint": self.data.fingerprint}
-            (self.output_dir / "run.json").write_text(json.dumps(facts, indent=1))
 
     # -- small parts ---------------------------------------------------------------------------------------------------
 

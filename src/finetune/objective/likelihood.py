@@ -33,7 +33,8 @@ class Posterior:
         before = torch.cat([abar.new_ones(1), abar[:-1]])
         beta = 1 - abar / before
         variance = beta * (1 - before) / (1 - abar)
-        variance[0] = variance[1]  # that of x0 given x_1 is 0, and its log would be infinite
+        # That of x0 given x_1 is 0, and its log would be infinite; a single level has no other, and needs none.
+        variance[0] = variance[:2][-1]
         self.log_variance, self.log_beta = variance.log(), beta.log()
         self.log_large = torch.cat([self.log_variance[:1], self.log_beta[1:]])
         self.coefficient_x0 = beta * before.sqrt() / (1 - abar)
