@@ -23,24 +23,26 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from finetune.conditioning import ClassLabel, Condition, Conditioner, PooledText, TextSequence, Unconditional
+from finetune.conditioning import Conditioner
+from finetune.conditions import Condition
 from finetune.config import TrainConfig
 from finetune.errors import ConfigError
 from finetune.models import UNet, bind
 from finetune.objective.process import VarianceExploding
+from finetune.pipeline_conditions import condition_settings, conditioner_of, kinds_of, text_modules, wanted_of
 from finetune.samplers import SOLVERS, flow_sigmas, karras_sigmas
 from finetune.schedulers import ODE, ODE_SCHEDULERS, check_steps, process_of, sampling_scheduler, with_scheduler
 from finetune.space import LatentSpace, PixelSpace, Space
 
 
 class UNetPipeline(DiffusionPipeline):
-    """Images from a UNet2DModel or UNet2DConditionModel, in pixels or latents, by class, by text or unconditional.
+    """Images from a UNet2DModel or UNet2DConditionModel, in pixels or latents, by any of the conditions, or by none.
 
-    The condition and the unconditional case are made by the very classes that made them in training.
+    The conditions and the unconditional case are made by the very classes that made them in training.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["vae", "text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
 
     def __init__(
         self,
@@ -49,19 +51,35 @@ class UNetPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
+        text_encoder_2: CLIPTextModel | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
         conditioning: str = "none",
         num_classes: int | None = None,
         class_names: list[str] | None = None,
         num_inference_steps: int = 1000,
         guidance_scale: float = 1.0,
         solver: str = "euler",
+        zero_nulls: str = "",
+        dropped: str | None = None,
+        low_res_side: int | None = None,
     ) -> None:
-        """conditioning: none, class_label, pooled_text or text. num_inference_steps, guidance_scale: the defaults.
+        """conditioning: none, or class_label, pooled_text, text, low_res, size joined by "+". num_inference_steps,
+        guidance_scale: the defaults. text_encoder_2, tokenizer_2: of the pooled text, if it has its own. zero_nulls:
+        the conditions whose absence is zero, not an index or the empty prompt; dropped: those that training dropped,
+        which guidance extrapolates from (unset: all); both joined by "+". low_res_side: of the small image.
 
         solver: euler or heun, with a scheduler of EDM or rectified flow; the others are their own solvers.
         """
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+        )
         self.register_to_config(
             conditioning=conditioning,
             num_classes=num_classes,
@@ -69,6 +87,9 @@ class UNetPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             solver=solver,
+            zero_nulls=zero_nulls,
+            dropped=dropped,
+            low_res_side=low_res_side,
         )
 
     @torch.no_grad()
@@ -77,20 +98,31 @@ class UNetPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         class_labels: int | Sequence[int] | None = None,
         *,
+        image: Any = None,
+        noise_augmentation: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Draw one image per prompt or class label; a single one, or none at all, is drawn batch_size times (once).
+        """Draw one image per prompt, class label or small image; a single one, or none, is drawn batch_size times.
+
+        image: of super-resolution, as `pipeline_conditions.small_images` takes them; noise_augmentation: std of noise
+        added to them. original_size, target_size (height, width; unset: those of the image drawn),
+        crops_coords_top_left (unset: (0, 0)): as in StableDiffusionXLPipeline.
 
         guidance_scale s: unconditional + s (conditional - unconditional), so 1 is no guidance (Ho & Salimans 2022 call
         it 1 + w). generator: one, or one per image, which then do not depend on each other. output_type: pil; pt
         [B, C, H, W] and np [B, H, W, C] in [0, 1]; or latent, x0 before it is decoded. Raises ConfigError for
         arguments that contradict the pipeline or each other.
         """
-        wanted, n = self._wanted(prompt, class_labels, batch_size)
+        given = {"prompt": prompt, "class_labels": class_labels, "image": image}
+        sizes = (original_size, crops_coords_top_left, target_size)
+        wanted, n = wanted_of(self, given, sizes, batch_size, noise=noise_augmentation, generator=generator)
         config = self.config
         steps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
         guidance = config.guidance_scale if guidance_scale is None else guidance_scale
@@ -98,14 +130,14 @@ class UNetPipeline(DiffusionPipeline):
             raise ConfigError(f"output_type must be pil, pt, np or latent, got {output_type!r}")
         if config.conditioning == "none" and guidance not in (0, 1):
             raise ConfigError(f"there is no condition to guide with: guidance_scale must be 1, got {guidance}")
-        if self.unet.config.out_channels != self.unet.config.in_channels and guidance not in (0, 1):
+        size, channels = self.unet.config.sample_size, self.space().channels
+        if self.unet.config.out_channels != channels and guidance not in (0, 1):
             raise ConfigError(f"a learned variance cannot be guided: guidance_scale must be 1, got {guidance}")
         if isinstance(generator, list) and len(generator) != n:
             raise ConfigError(f"give one generator, or one per image: got {len(generator)} for {n} images")
         check_steps(self.scheduler, steps)
 
         network = self._guided(wanted, n, guidance)
-        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
         device = self._execution_device
         x = randn_tensor((n, channels, size, size), generator=generator, device=device, dtype=torch.float32)
         ode = isinstance(self.scheduler, ODE)
@@ -144,53 +176,23 @@ class UNetPipeline(DiffusionPipeline):
         """The space of the UNet's x0."""
         size = self.unet.config.sample_size
         if self.vae is None:
-            return PixelSpace(channels=self.unet.config.in_channels, size=size)
+            low_res = "low_res" in kinds_of(self)
+            return PixelSpace(channels=self.unet.config.in_channels // (1 + low_res), size=size)
         return LatentSpace(self.vae, size=size)
 
     def conditioner(self) -> Conditioner:
-        """What turns prompts or class labels into the UNet's arguments, as in training."""
-        match self.config.conditioning:
-            case "none":
-                return Unconditional()
-            case "class_label":
-                return ClassLabel(self.config.num_classes, device=self._execution_device)
-            case "pooled_text":
-                return PooledText(self.text_encoder, self.tokenizer)
-            case "text":
-                return TextSequence(self.text_encoder, self.tokenizer)
-        kinds = "none, class_label, pooled_text or text"
-        raise ConfigError(f"conditioning must be {kinds}, got {self.config.conditioning}")
-
-    def _wanted(self, prompt: Any, class_labels: Any, batch_size: int | None) -> tuple[list | None, int]:
-        """The prompts or labels, one per image, and the number of images."""
-        takes = {"none": None, "class_label": "class_labels"}.get(self.config.conditioning, "prompt")
-        for name, value in (("prompt", prompt), ("class_labels", class_labels)):
-            if value is not None and name != takes:
-                raise ConfigError(f"this pipeline takes {takes or 'no condition'} (conditioning "
-                                  f"{self.config.conditioning}), not {name}: leave it out")  # fmt: skip
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        if takes is None:
-            return None, batch_size or 1
-        given = prompt if takes == "prompt" else class_labels
-        if given is None:
-            raise ConfigError(f"this pipeline needs {takes} (conditioning {self.config.conditioning})")
-        if isinstance(given, str | int):
-            return [given] * (batch_size or 1), batch_size or 1
-        given = list(given)
-        if not given or batch_size not in (None, len(given)):
-            raise ConfigError(f"batch_size ({batch_size}) must be the number of {takes} ({len(given)}), at least 1")
-        return given, len(given)
+        """What turns prompts, class labels and the like into the UNet's arguments, as in training."""
+        return conditioner_of(self)
 
     def _guided(self, wanted: list | None, n: int, scale: float):
         """network(x, t) -> output, float32, guided by `scale` in one doubled batch."""
         conditioner = self.conditioner()
-        if wanted is None or scale == 0:
-            return self._network(conditioner.unconditional(n))
-        condition = conditioner.condition(wanted)
-        if scale == 1:
+        condition = {} if wanted is None else conditioner.condition(wanted)
+        if wanted is None or scale == 1:
             return self._network(condition)
-        unconditional = conditioner.unconditional(n)
+        unconditional = conditioner.guided_from(condition)
+        if scale == 0:
+            return self._network(unconditional)
         both = self._network({name: torch.cat([unconditional[name], condition[name]]) for name in condition})
 
         def network(x: Tensor, t: Tensor) -> Tensor:
@@ -237,9 +239,7 @@ def build_pipeline(
             return DDPMPipeline(unet, sampler)
         if cfg.sample.scheduler == "ddim":
             return DDIMPipeline(unet, sampler)
-    text: dict[str, Any] = {}
-    if isinstance(conditioner, PooledText | TextSequence):
-        text = {"text_encoder": conditioner.text_encoder, "tokenizer": conditioner.tokenizer}
+    text = text_modules(conditioner)
     if _is_stable_diffusion(unet, space, conditioner) and not isinstance(sampler, ODE):
         check_stable_diffusion_guidance(cfg.sample.guidance_scale)
         return StableDiffusionPipeline(
@@ -251,20 +251,15 @@ def build_pipeline(
             requires_safety_checker=False,
             **text,
         )
-    is_class = isinstance(conditioner, ClassLabel)
-    if is_class:
-        conditioner.condition(cfg.sample.class_labels)  # refuses a label that is no class
     return UNetPipeline(
         unet=unet,
         scheduler=sampler,
         vae=space.vae if isinstance(space, LatentSpace) else None,
-        conditioning=conditioner.kind,
-        num_classes=conditioner.num_classes if is_class else None,
-        class_names=list(conditioner.class_names) if is_class and conditioner.class_names else None,
         num_inference_steps=cfg.sample.num_inference_steps,
         guidance_scale=cfg.sample.guidance_scale,
         solver=ODE_SCHEDULERS.get(cfg.sample.scheduler, "euler"),
         **text,
+        **condition_settings(conditioner, cfg),
     )
 
 
@@ -293,5 +288,7 @@ def check_stable_diffusion_guidance(scale: float) -> None:
 def _is_stable_diffusion(unet: UNet, space: Space, conditioner: Conditioner) -> bool:
     """Whether StableDiffusionPipeline would sample what was trained: it has no shift and wants sides divisible by 8."""
     if not (isinstance(unet, UNet2DConditionModel) and isinstance(space, LatentSpace) and conditioner.kind == "text"):
+        return False
+    if conditioner.parts["text"].null != "empty_prompt":
         return False
     return not space.vae.config.shift_factor and space.size * space.factor % 8 == 0

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ConfigError
+from finetune.grids import grid
 from finetune.pretrained import resolve_source
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
+    from torch import Tensor
 
     from finetune.config import TrainConfig
 
@@ -23,8 +25,6 @@ SCHEDULER_NAMES = (
 )  # fmt: skip
 DEFAULT_IMAGES = 16  # of an unconditional or class-conditional pipeline
 BATCH_PIXELS = 1 << 19  # drawn at a time by default: 16 images of 128 pixels, 2 of 512
-GRID_SIDE = 96  # smaller images are enlarged in grids, so that labels fit under them
-LABEL_LINES = 2
 
 
 def generate(
@@ -34,6 +34,7 @@ def generate(
     seed: int,
     prompts: Sequence[str] | None = None,
     class_labels: Sequence[int] | None = None,
+    images: Sequence[Image] | Tensor | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
@@ -41,29 +42,25 @@ def generate(
     """Draw num_images images from a UNetPipeline or a stock DDPM, DDIM or StableDiffusion pipeline.
 
     Image i takes all its noise from a CPU generator seeded with seed + i, so it does not depend on batch_size, on the
-    other images or on the device, and torch's global random state is not touched. Prompts or class labels are repeated
-    to fill num_images; without labels, a class-conditional pipeline draws each class in turn. num_inference_steps,
+    other images or on the device, and torch's global random state is not touched. Prompts, class labels and images (the
+    small ones of super-resolution: PIL, or [n, C, H, W] in [0, 1]) are repeated to fill num_images; without labels, a
+    class-conditional pipeline draws each class in turn. num_inference_steps,
     guidance_scale: unset for the pipeline's own. Raises ConfigError for what the pipeline cannot take.
     """
     import torch
 
     if num_images < 1:
         raise ConfigError(f"num_images must be at least 1, got {num_images}")
-    wanted = wanted_conditions(pipeline, num_images, prompts=prompts, class_labels=class_labels)
+    wanted = wanted_conditions(pipeline, num_images, prompts=prompts, class_labels=class_labels, images=images)
     options = _options(pipeline, num_inference_steps, guidance_scale)
     batch_size = batch_size or batch_for(pipeline)
-    images: list[Image] = []
+    drawn: list[Image] = []
     for start in range(0, num_images, batch_size):
         n = min(batch_size, num_images - start)
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(n)]
-        if wanted is None:
-            given: dict[str, Any] = {"batch_size": n}
-        elif isinstance(wanted[0], str):
-            given = {"prompt": wanted[start : start + n]}
-        else:
-            given = {"class_labels": wanted[start : start + n]}
-        images += pipeline(**given, **options, generator=generators).images
-    return images
+        given: dict[str, Any] = {name: values[start : start + n] for name, values in wanted.items()}
+        drawn += pipeline(**(given or {"batch_size": n}), **options, generator=generators).images
+    return drawn
 
 
 def wanted_conditions(
@@ -72,31 +69,41 @@ def wanted_conditions(
     *,
     prompts: Sequence[str] | None = None,
     class_labels: Sequence[int] | None = None,
-) -> list[str] | list[int] | None:
-    """The prompt or class label of each image, repeated to num_images; None if the pipeline is unconditional."""
+    images: Sequence[Image] | Tensor | None = None,
+) -> dict[str, list]:
+    """What the pipeline's call takes per image, repeated to num_images: prompt, class_labels and image, or nothing."""
     kind = conditioning_of(pipeline)
-    if prompts and kind not in ("text", "pooled_text"):
+    kinds = set(kind.split("+"))
+    if prompts and not kinds & {"text", "pooled_text"}:
         raise ConfigError(f"this pipeline takes no prompts (conditioning {kind}): leave them out")
-    if class_labels and kind != "class_label":
+    if class_labels and "class_label" not in kinds:
         raise ConfigError(f"this pipeline takes no class labels (conditioning {kind}): leave them out")
-    if kind == "none":
-        return None
-    given = list(class_labels or range(pipeline.config.num_classes)) if kind == "class_label" else list(prompts or ())
-    if not given:
-        raise ConfigError("this pipeline draws from text: give at least one prompt")
-    return [given[i % len(given)] for i in range(num_images)]
+    if images is not None and "low_res" not in kinds:
+        raise ConfigError(f"this pipeline takes no images (conditioning {kind}): leave them out")
+    given: dict[str, list] = {}
+    if "class_label" in kinds:
+        given["class_labels"] = list(class_labels or range(pipeline.config.num_classes))
+    if kinds & {"text", "pooled_text"}:
+        given["prompt"] = list(prompts or ())
+        if not prompts:
+            raise ConfigError("this pipeline draws from text: give at least one prompt")
+    if "low_res" in kinds:
+        given["image"] = [] if images is None else list(images)
+        if not given["image"]:
+            raise ConfigError("this pipeline enlarges images: give at least one")
+    return {name: [values[i % len(values)] for i in range(num_images)] for name, values in given.items()}
 
 
-def captions_of(pipeline: DiffusionPipeline, wanted: Sequence[str] | Sequence[int] | None) -> list[str] | None:
-    """What to write under each image: its prompt, its class name or number, or nothing."""
-    if wanted is None:
-        return None
-    names = pipeline.config.class_names if conditioning_of(pipeline) == "class_label" else None
-    return [names[each] if names else str(each) for each in wanted]
+def captions_of(pipeline: DiffusionPipeline, wanted: Mapping[str, list]) -> list[str] | None:
+    """What to write under each image: its class name or number, its prompt, both, or nothing."""
+    names = pipeline.config.class_names if "class_labels" in wanted else None
+    labels = [[names[each] if names else str(each) for each in wanted.get("class_labels", ())]]
+    lines = [each for each in (*labels, wanted.get("prompt", [])) if each]
+    return [", ".join(parts) for parts in zip(*lines, strict=True)] if lines else None
 
 
 def conditioning_of(pipeline: DiffusionPipeline) -> str:
-    """none, class_label, pooled_text or text. Raises ConfigError for a pipeline that this package cannot draw from."""
+    """none, or the conditions joined by "+". Raises ConfigError for a pipeline that this package cannot draw from."""
     name = type(pipeline).__name__
     if name == "UNetPipeline":
         return pipeline.config.conditioning
@@ -159,54 +166,6 @@ def _columns(labels: Sequence[str] | None) -> int | None:
     """One column per prompt or class where that fits a screen."""
     distinct = len(set(labels or ()))
     return distinct if 2 <= distinct <= 12 else None
-
-
-def grid(images: Sequence[Image], labels: Sequence[str] | None = None, columns: int | None = None) -> Image:
-    """Images of one size, row by row on white, each with its label under it; about square unless columns is given.
-
-    Images smaller than GRID_SIDE are enlarged by a whole factor without smoothing.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    if not images or len({image.size for image in images}) > 1:
-        raise ValueError("a grid needs at least one image, all of one size")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"a grid needs one label per image, got {len(labels)} for {len(images)}")
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    factor = -(-GRID_SIDE // max(images[0].size))
-    width, height = (side * factor for side in images[0].size)
-    font, margin = ImageFont.load_default(size=11), 4
-    texts = [_wrapped(label, font, width) for label in labels or ()]
-    strip = 14 * max((len(lines) for lines in texts), default=0)
-    step_x, step_y = width + margin, height + strip + margin
-    rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * step_x + margin, rows * step_y + margin), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, image in enumerate(images):
-        left, top = margin + i % columns * step_x, margin + i // columns * step_y
-        canvas.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
-        for line, text in enumerate(texts[i] if texts else ()):
-            draw.text((left, top + height + 14 * line), text, fill="black", font=font)
-    return canvas
-
-
-def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """Words of `text` on at most LABEL_LINES lines of `width` pixels; what does not fit is cut and marked by dots."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    cut = len(lines) > LABEL_LINES
-    lines = lines[:LABEL_LINES]
-    for i, line in enumerate(lines):
-        if font.getlength(line) > width or (cut and i == LABEL_LINES - 1):
-            while line and font.getlength(line + "...") > width:
-                line = line[:-1]
-            lines[i] = line + "..."
-    return lines
 
 
 def load_pipeline(source: str) -> DiffusionPipeline:
@@ -289,8 +248,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     given = len(args.prompt) or len(args.class_label)
     if args.num_images is not None and args.num_images < given:
         raise ConfigError(f"--num_images {args.num_images} is less than the {given} prompts or labels: raise it")
-    if args.prompt and args.class_label:
-        raise ConfigError("--prompt and --class_label exclude each other: give one of them")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"--out {args.out} is a file or not empty: name a new folder")
     return args
@@ -300,7 +257,7 @@ def _labels(pipeline: DiffusionPipeline, words: list[str]) -> list[int] | None:
     """Class labels from numbers or class names."""
     if not words:
         return None
-    if conditioning_of(pipeline) != "class_label":
+    if "class_label" not in conditioning_of(pipeline).split("+"):
         raise ConfigError(f"this pipeline takes no class labels (conditioning {conditioning_of(pipeline)})")
     names = list(pipeline.config.class_names or ())
     if unknown := [word for word in words if word not in names and not word.isdecimal()]:
