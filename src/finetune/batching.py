@@ -122,6 +122,13 @@ def collate(samples: list[tuple[Place, Sample]]) -> Batch:
     )
 
 
+def first_batch(data: TrainData, n: int) -> Batch:
+    """The first n usable rows (all, if there are fewer) as in epoch 0, to be shown and not trained on."""
+    rows = data.rows[:n]
+    places = [(position, 0, int(row)) for position, row in enumerate(rows)]
+    return collate(list(zip(places, data.samples(rows, [0] * len(rows)), strict=True)))
+
+
 def default_workers(*, processes: int, on_gpu: bool) -> int:
     """Loader processes per training process: its share of the cores less one, at most 8; none without a GPU.
 

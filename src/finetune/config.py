@@ -291,10 +291,11 @@ class TrainConfig:
             yield "sample.prompts", f"conditioning.kind is {reads}, which takes no prompts: remove them"
         if self.sample.class_labels and "class_label" not in parts:
             yield "sample.class_labels", f"conditioning.kind is {reads}, which takes no labels: remove them"
-        if text and not self.sample.prompts:
+        if text and not self.sample.prompts and "low_res" not in parts:
             yield "sample.prompts", f"conditioning.kind {reads} needs at least one prompt to sample with"
         data = self.data
-        yield from low_res_contradictions(parts, data.resolution, data.low_res_column, data.preparation)
+        asked = self.sample.prompts or self.sample.class_labels
+        yield from low_res_contradictions(parts, data.resolution, data.low_res_column, data.preparation, bool(asked))
         wanted = max(len(self.sample.prompts), len(self.sample.class_labels))
         if wanted > self.sample.num_images:
             yield "sample.num_images", f"{self.sample.num_images} cannot show {wanted} prompts or labels: raise it"

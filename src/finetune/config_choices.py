@@ -182,13 +182,18 @@ def unet2d_contradictions(parts: dict[str, Part]) -> Iterator[tuple[str, str]]:
 
 
 def low_res_contradictions(
-    parts: dict[str, Part], resolution: int, column: str | None, preparation: str
+    parts: dict[str, Part], resolution: int, column: str | None, preparation: str, asked: bool
 ) -> Iterator[tuple[str, str]]:
     """What of the data does not go with super-resolution, as (place, problem) pairs."""
     if "low_res" not in parts:
         if column is not None:
             yield "data.low_res_column", "there is no condition low_res, which would read it: remove it"
         return
+    if asked:
+        yield "sample.prompts", (
+            "with low_res among the conditions, the samples are training samples, drawn by their own captions and "
+            "classes: remove sample.prompts and sample.class_labels"
+        )
     factor = parts["low_res"].factor
     if resolution % factor:
         yield "data.resolution", (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ConfigError
-from finetune.grids import grid
+from finetune.grids import grid, image_files, read_images, small_of, triples
 from finetune.pretrained import resolve_source
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from finetune.batching import Batch
     from finetune.config import TrainConfig
 
 SCHEDULER_NAMES = (
@@ -144,22 +145,34 @@ def _options(pipeline: DiffusionPipeline, steps: int | None, guidance: float | N
     return options
 
 
-def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path) -> None:
-    """Draw the images that cfg.sample asks for and write them to `path` as one labelled grid."""
+def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, shown: Batch | None = None) -> None:
+    """Draw the images that cfg.sample asks for and write them to `path` as one labelled grid.
+
+    shown: of super-resolution, training samples to enlarge by their own captions and classes; each is then small image,
+    drawn image and truth, side by side.
+    """
     section = cfg.sample
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
-    given = {"prompts": section.prompts, "class_labels": section.class_labels}
+    given: dict[str, Any] = {"prompts": section.prompts, "class_labels": section.class_labels}
+    if shown is not None:
+        small = small_of(pipeline, shown)
+        labels_of = None if shown.class_labels is None else shown.class_labels.tolist()
+        given = {"prompts": shown.captions, "class_labels": labels_of, "images": (small / 2 + 0.5).clamp(0, 1)}
     images = generate(
         pipeline,
-        num_images=section.num_images,
+        num_images=section.num_images if shown is None else len(shown),
         seed=section.sample_seed,
         num_inference_steps=section.num_inference_steps,
         guidance_scale=section.guidance_scale,
         **given,
     )
-    labels = captions_of(pipeline, wanted_conditions(pipeline, section.num_images, **given))
+    labels = captions_of(pipeline, wanted_conditions(pipeline, len(images), **given))
+    columns = _columns(labels)
+    if shown is not None:
+        images, columns = triples(small, images, shown.pixel_values), 6
+        labels = [text for label in labels or [""] * len(small) for text in ("small", label or "drawn", "truth")]
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid(images, labels, columns=_columns(labels)).save(path)
+    grid(images, labels, columns=columns).save(path)
 
 
 def _columns(labels: Sequence[str] | None) -> int | None:
@@ -231,7 +244,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder: 0000.png, ... and grid.png")
     parser.add_argument("--prompt", nargs="+", action="extend", default=[], help="one or several prompts")
     parser.add_argument("--class_label", nargs="+", action="extend", default=[], help="class numbers or names")
-    parser.add_argument("--num_images", type=int, help=f"default: one per prompt or label, else {DEFAULT_IMAGES}")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], type=Path,
+                        metavar="FILE_OR_DIR", help="small images to enlarge (super-resolution)")  # fmt: skip
+    parser.add_argument("--num_images", type=int, help=f"default: one per prompt, label or image, or {DEFAULT_IMAGES}")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next take the next seeds")
     parser.add_argument("--steps", type=int, help="sampling steps; default: the pipeline's, or the run's")
     parser.add_argument("--guidance_scale", type=float, help="1 is none; default: the pipeline's, or the run's")
@@ -245,9 +260,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ConfigError(f"--seed must be at least 0, got {args.seed}")
     if args.guidance_scale is not None and not (args.guidance_scale >= 0 and math.isfinite(args.guidance_scale)):
         raise ConfigError(f"--guidance_scale must be at least 0, got {args.guidance_scale}")
-    given = len(args.prompt) or len(args.class_label)
+    args.image = image_files(args.image)
+    given = max(len(args.prompt), len(args.class_label), len(args.image))
     if args.num_images is not None and args.num_images < given:
-        raise ConfigError(f"--num_images {args.num_images} is less than the {given} prompts or labels: raise it")
+        raise ConfigError(f"--num_images {args.num_images} is less than the {given} prompts, labels or images: raise "
+                          "it")  # fmt: skip
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"--out {args.out} is a file or not empty: name a new folder")
     return args
@@ -281,8 +298,9 @@ def sample_main(argv: list[str] | None = None) -> None:
         pipeline = with_sampler(pipeline, args.scheduler)
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     pipeline.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    given = {"prompts": args.prompt, "class_labels": _labels(pipeline, args.class_label)}
-    n = args.num_images or len(args.prompt) or len(args.class_label) or DEFAULT_IMAGES
+    given: dict[str, Any] = {"prompts": args.prompt, "class_labels": _labels(pipeline, args.class_label)}
+    given["images"] = read_images(args.image, pipeline) if args.image else None
+    n = args.num_images or max(len(args.prompt), len(args.class_label), len(args.image)) or DEFAULT_IMAGES
     images = generate(
         pipeline,
         num_images=n,
