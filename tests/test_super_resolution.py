@@ -52,6 +52,8 @@ def test_class_and_small_image_train_export_and_draw(tmp_path):
     pipeline = whole(cfg)
     assert pipeline.config.conditioning == "class_label+low_res" and pipeline.config.dropped == "class_label"
     assert not pipeline.unet.class_embedding.weight[10].any(), "no class stays zero through training, averages, export"
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert 'pipeline(class_labels=0, image=Image.open("small.png"), generator' in card and "small image, drawn" in card
     grid = Image.open(tmp_path / "run" / "samples" / "step-00000002.png")
     data = open_data(cfg, progress=False)
     shown = first_batch(data, 3)

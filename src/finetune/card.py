@@ -141,6 +141,8 @@ def _sentence(cfg: TrainConfig, pipeline: str, metrics: Sequence[Mapping[str, An
 def _samples(cfg: TrainConfig) -> str:
     sample = cfg.sample
     how = f"Drawn with {sample.scheduler}, {sample.num_inference_steps} steps, guidance scale {sample.guidance_scale:g}"
+    if "low_res" in conditions(cfg.conditioning):
+        how += "; side by side: small image, drawn image, training image"
     prompts = "; ".join(f"“{prose(prompt)}”" for prompt in sample.prompts)
     return f"![samples](samples.png)\n\n{how}" + (f"; prompts, row by row: {prompts}" if prompts else "") + "."
 
