@@ -19,7 +19,7 @@ def test_a_checkpoint_from_before_a_setting_existed_was_trained_with_its_default
     monkeypatch.setattr(checkpoint, "latest", lambda root: found)
     assert new <= now.keys() and checkpoint_to_resume(cfg, now=now, steps=9) is found
     zero = tiny.config(tmp_path / "run", conditioning={"null": "zero"})
-    with pytest.raises(CheckpointError, match="conditioning.null: index -> zero"):
+    with pytest.raises(CheckpointError, match="conditioning.null: None -> zero"):
         checkpoint_to_resume(zero, now=identity(zero, global_batch=8, fingerprint="f"), steps=9)
     other = old | {"model.layers_per_block": 7}
     monkeypatch.setattr(checkpoint, "latest", lambda root: SimpleNamespace(state={"identity": other}, step=2, path="s"))
