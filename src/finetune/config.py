@@ -303,27 +303,18 @@ class TrainConfig:
             if kind == "none":
                 yield "sample.guidance_scale", "there is no condition to guide with: use 1"
             elif self.model.kind != "pretrained" and not any(part.condition_dropout for part in parts.values()):
-                yield (
-                    "sample.guidance_scale",
-                    (
-                        f"guidance {self.sample.guidance_scale} needs the unconditional case, which conditioning."
-                        "condition_dropout 0 never trains: use a dropout such as 0.1, or guidance_scale 1"
-                    ),
+                yield "sample.guidance_scale", (
+                    f"guidance {self.sample.guidance_scale} needs the unconditional case, which conditioning."
+                    "condition_dropout 0 never trains: use a dropout such as 0.1, or guidance_scale 1"
                 )
         objective = self.objective
         if objective.kind == "ddpm" and self.space.kind == "latent" and objective.variance.vb_loss != "none":
-            yield (
-                "objective.variance.vb_loss",
-                (
-                    "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
-                    "variance.kind fixed_small or fixed_large with vb_loss none"
-                ),
+            yield "objective.variance.vb_loss", (
+                "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
+                "variance.kind fixed_small or fixed_large with vb_loss none"
             )
         if objective.kind == "ddpm" and self.sample.num_inference_steps > objective.num_train_timesteps:
-            yield (
-                "sample.num_inference_steps",
-                (
-                    f"{self.sample.num_inference_steps} steps are more than objective.num_train_timesteps "
-                    f"{objective.num_train_timesteps}"
-                ),
+            yield "sample.num_inference_steps", (
+                f"{self.sample.num_inference_steps} steps are more than objective.num_train_timesteps "
+                f"{objective.num_train_timesteps}"
             )

@@ -166,25 +166,18 @@ def conditions(conditioning: Conditioning) -> dict[str, Part]:
 def unet2d_contradictions(parts: dict[str, Part]) -> Iterator[tuple[str, str]]:
     """The conditions that a new UNet2DModel cannot take, as (place, problem) pairs."""
     if "text" in parts:
-        yield (
-            "conditioning.kind",
-            (
-                "a UNet2DModel has no cross-attention to read a text sequence with: use conditioning.kind pooled_text, "
-                "or model.kind unet2d_condition"
-            ),
+        yield "conditioning.kind", (
+            "a UNet2DModel has no cross-attention to read a text sequence with: use conditioning.kind pooled_text, "
+            "or model.kind unet2d_condition"
         )
     if {"class_label", "pooled_text"} <= parts.keys():
-        yield (
-            "conditioning.pooled_text",
-            (
-                "a UNet2DModel has one class embedding, for either class_label or pooled_text: remove one of them, or use "
-                "model.kind unet2d_condition"
-            ),
+        yield "conditioning.pooled_text", (
+            "a UNet2DModel has one class embedding, for either class_label or pooled_text: remove one of them, or use "
+            "model.kind unet2d_condition"
         )
     if "size" in parts:
-        yield (
-            "conditioning.size",
-            ("a UNet2DModel has no embedding of sizes: remove it, or use model.kind unet2d_condition"),
+        yield "conditioning.size", (
+            "a UNet2DModel has no embedding of sizes: remove it, or use model.kind unet2d_condition"
         )
 
 
@@ -197,29 +190,20 @@ def low_res_contradictions(
             yield "data.low_res_column", "there is no condition low_res, which would read it: remove it"
         return
     if asked:
-        yield (
-            "sample.prompts",
-            (
-                "with low_res among the conditions, the samples are training samples, drawn by their own captions and "
-                "classes: remove sample.prompts and sample.class_labels"
-            ),
+        yield "sample.prompts", (
+            "with low_res among the conditions, the samples are training samples, drawn by their own captions and "
+            "classes: remove sample.prompts and sample.class_labels"
         )
     factor = parts["low_res"].factor
     if resolution % factor:
-        yield (
-            "data.resolution",
-            (
-                f"{resolution} must be a multiple of the factor of conditioning low_res, {factor}: use "
-                f"{-(-resolution // factor) * factor}"
-            ),
+        yield "data.resolution", (
+            f"{resolution} must be a multiple of the factor of conditioning low_res, {factor}: use "
+            f"{-(-resolution // factor) * factor}"
         )
     if column is not None and preparation == "iddpm":
-        yield (
-            "data.preparation",
-            (
-                "iddpm rounds sizes, so that a small image of data.low_res_column would not lie on the large one: use "
-                "standard"
-            ),
+        yield "data.preparation", (
+            "iddpm rounds sizes, so that a small image of data.low_res_column would not lie on the large one: use "
+            "standard"
         )
 
 

@@ -252,8 +252,7 @@ def _refuse_other_kinds(draft: Draft, chosen: Mapping[str, Setting | None], kind
         owners = " or ".join(dict.fromkeys(dict(setting.within)[section] for setting in variants))
         if kinds.get(section) is not None:
             draft.refuse(
-                path,
-                f"{section}.kind is {kinds[section]}, which does not have it: {section}.kind {owners} does",
+                path, f"{section}.kind is {kinds[section]}, which does not have it: {section}.kind {owners} does",
                 given.origin,
             )
 

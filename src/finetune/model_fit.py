@@ -65,7 +65,7 @@ def fix_classes(unet: UNet, label: ClassLabel, *, pretrained: bool = False) -> N
     if label.null == "zero":
         if pretrained and embedding.weight[label.num_classes].any():
             raise ConfigError(
-                'the pretrained UNet has learned an embedding for "no class", and conditioning.null is zero: use '
+                "the pretrained UNet has learned an embedding for \"no class\", and conditioning.null is zero: use "
                 "null index"
             )
         embedding.padding_idx = label.num_classes  # its gradient is zero, in every optimizer

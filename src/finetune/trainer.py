@@ -50,7 +50,9 @@ class Trainer:
     ahead of `step` by the steps that were skipped as non-finite). Everything else is a function of these and the seed.
     """
 
-    def __init__(self, cfg: TrainConfig, *, dataset: Dataset | None = None, objective: Objective | None = None) -> None:
+    def __init__(
+        self, cfg: TrainConfig, *, dataset: Dataset | None = None, objective: Objective | None = None
+    ) -> None:
         """Load data and models and resume if `cfg.output_dir` holds checkpoints.
 
         dataset: an in-memory data set used instead of the one cfg.data names. objective: used instead of
