@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from finetune import conditioning
-from finetune.conditioning import ClassLabel, PooledText, TextSequence, build_conditioner
+from finetune import text_conditions
+from finetune.conditioning import build_conditioner
+from finetune.conditions import ClassLabel
 from finetune.errors import ConfigError, DataError
 from finetune.seeding import PositionRandom
+from finetune.text_conditions import PooledText, TextSequence
 from tiny_models import LENGTH, WIDTH, batch, config, parts  # noqa: F401
 
 TEXTS = ["a red three", "", "blue", "a red three"]
@@ -52,7 +54,7 @@ def test_an_embedding_does_not_depend_on_its_company_or_the_cache(parts, cls):  
 
 
 def test_the_cache_is_bounded(parts, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(conditioning, "CACHE_BYTES", 2 * LENGTH * WIDTH * 4)
+    monkeypatch.setattr(text_conditions, "CACHE_BYTES", 2 * LENGTH * WIDTH * 4)
     small = text(parts)
     first = small.condition(["a", "b", "c", "d"])
     assert len(small._cache) == 2
@@ -111,7 +113,7 @@ def test_truncated_captions_are_counted_and_warned_of_once(parts, caplog):  # no
     with caplog.at_level(logging.WARNING):
         conditioner.condition(["abcdefghij", "abcdefghijk", "abcdefghijkl"])  # 10 letters and two ends fit
     assert conditioner.truncated == 2
-    assert len([r for r in caplog.records if r.name == "finetune.conditioning"]) == 1
+    assert len([r for r in caplog.records if r.name == "finetune.text_conditions"]) == 1
 
 
 def test_the_encoder_is_frozen_and_knows_no_autocast(parts):  # noqa: F811

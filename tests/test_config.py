@@ -173,6 +173,62 @@ def test_readme_commands_of_train_unconditional(command):
     assert cfg.tracking.report_to == ("wandb" if "wandb" in command else "tensorboard")
 
 
+SEVERAL = """\
+output_dir: out
+data: {train_data_dir: pics, resolution: 64}
+conditioning:
+  kind: several
+  class_label: {}
+  low_res: {factor: 8}
+"""
+
+
+def several(tmp_path, *options):
+    (tmp_path / "several.yaml").write_text(SEVERAL)
+    return load(["--config", str(tmp_path / "several.yaml"), *options], env={})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", {"class_label": cc.LabelCondition(), "low_res": cc.LowResCondition(factor=8)}),
+        ("--conditioning.class_label.condition_dropout 0.2",
+         {"class_label": cc.LabelCondition(condition_dropout=0.2), "low_res": cc.LowResCondition(factor=8)}),
+        ("--conditioning.class_label null --conditioning.low_res.factor 4", {"low_res": cc.LowResCondition(factor=4)}),
+        ("--conditioning.low_res null --conditioning.low_res.noise_augmentation 0.1",
+         {"class_label": cc.LabelCondition(), "low_res": cc.LowResCondition(noise_augmentation=0.1)}),
+        ("--conditioning.size {} --model.kind unet2d_condition --conditioning.dropout_draws independent",
+         {"class_label": cc.LabelCondition(), "low_res": cc.LowResCondition(factor=8), "size": cc.SizeCondition()}),
+    ],
+)  # fmt: skip
+def test_sections_of_several_conditions_are_there_if_they_are_given(tmp_path, options, expected):
+    cfg = several(tmp_path, *options.split())
+    assert cc.conditions(cfg.conditioning) == expected and list(cc.conditions(cfg.conditioning)) == list(expected)
+    assert load_text(dump(cfg)) == cfg
+    assert cfg.conditioning.dropout_draws == ("independent" if "independent" in options else "joint")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--conditioning.class_label null --conditioning.low_res null", "several needs at least one of class_label"),
+        ("--conditioning.low_res.factr 3", "did you mean --conditioning.low_res.factor"),
+        ("--conditioning.class_label.null zro", "class_label.null: expected one of index, zero, got 'zro'"),
+        ("--conditioning.text.revision x", "conditioning.text.text_encoder: required"),
+        ("--conditioning.size {}", "--conditioning.size: conditioning.size: a UNet2DModel has no embedding of sizes"),
+        ("--conditioning.low_res.factor 5", "64 must be a multiple of the factor of conditioning low_res, 5: use 65"),
+        ("--conditioning.low_res null --data.low_res_column x", "no condition low_res, which would read it"),
+        ("--sample.class_labels 1", "drawn by their own captions and classes"),
+        ("--condition_dropout 0.2", "conditioning.kind is several, which does not have it"),
+        ("--conditioning.kind class_label --conditioning.low_res.factor 2", "conditioning.kind several does"),
+    ],
+)
+def test_mistakes_within_several_conditions(tmp_path, options, message):
+    with pytest.raises(ConfigError) as error:
+        several(tmp_path, *options.split())
+    assert message in str(error.value)
+
+
 def test_readme_command_with_a_folder():
     cfg = load(["--train_data_dir", "my/pictures", "--resolution=64", "--output_dir=out"], env={})
     assert cfg.data.train_data_dir == "my/pictures"
@@ -323,6 +379,13 @@ def random_config(seed):
             cc.Unconditional(),
             cc.ClassLabel(kind="class_label", num_classes=rng.choice([None, 7]), condition_dropout=rng.random()),
             cc.PooledText(kind="pooled_text", text_encoder=text(), tokenizer=text(), revision=text()),
+            cc.LowRes(kind="low_res", factor=2, noise_augmentation=rng.random()),
+            cc.Several(
+                kind="several",
+                class_label=cc.LabelCondition(null=rng.choice(["index", "zero"]), condition_dropout=rng.random()),
+                low_res=rng.choice([None, cc.LowResCondition(factor=2)]),
+                dropout_draws=rng.choice(["joint", "independent"]),
+            ),
         ]
     )
     prompts = [text() for _ in range(rng.randint(1, 5))] if conditioning.kind == "pooled_text" else ()
@@ -335,8 +398,9 @@ def random_config(seed):
     return c.TrainConfig(
         output_dir=text(),
         seed=rng.choice([0, 2**63]),
-        data=c.Data(resolution=rng.randint(1, 999), dataset_name=rng.choice([None, text()]), center_crop=seed % 2 == 0,
-                    caption_column=rng.choice([text(), [text(), text()]]), max_aspect_ratio=number()),
+        data=c.Data(resolution=2 * rng.randint(1, 499), dataset_name=rng.choice([None, text()]),
+                    center_crop=seed % 2 == 0, caption_column=rng.choice([text(), [text(), text()]]),
+                    max_aspect_ratio=number()),
         space=rng.choice([cc.PixelSpace(), cc.LatentSpace(kind="latent", vae=text(), subfolder=text())]),
         conditioning=conditioning,
         model=model,

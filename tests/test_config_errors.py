@@ -156,7 +156,7 @@ OPTION_MISTAKES = {
     ),
     "--proportion_empty_prompts 0.1": (
         "--proportion_empty_prompts: conditioning.kind is none, which does not have it: conditioning.kind class_label "
-        "or pooled_text or text does"
+        "or pooled_text or text or low_res does"
     ),
     "--dataset_name x": (
         "--dataset_name: data.dataset_name (x) and data.train_data_dir (pics) both name the data: give one of them"
@@ -249,8 +249,8 @@ def test_rules_about_what_is_wrong_already_are_not_reported():
         "r.yaml:4: objective.num_train_timesteps: expected a whole number, got 'x'"
     ]
     assert recipe_lines(GOOD + "sample: {prompts: [a]}\nconditioning: {kind: txt, text_encoder: t}") == [
-        "r.yaml:4: conditioning.kind: expected one of none, class_label, pooled_text, text, got 'txt'; did you mean "
-        "text?"
+        "r.yaml:4: conditioning.kind: expected one of none, class_label, pooled_text, text, low_res, several, got "
+        "'txt'; did you mean text?"
     ]
 
 

@@ -239,3 +239,21 @@ def test_an_imported_model_can_be_trained_on(case, parts, tmp_path):  # noqa: F8
         else:
             with pytest.raises(ConfigError, match="6 class embeddings .* needs 5"):
                 build(replace(cfg, model=model))
+
+
+def test_an_imported_super_resolution_model_can_be_trained_on(case, parts, tmp_path):  # noqa: F811
+    """By the condition low_res it computes what the reference computed from the small image; by none it is refused."""
+    checkpoint, arrays, flags = case("super_resolution")
+    import_iddpm(checkpoint, tmp_path / "out", small_size=4, **flags)
+    model = Pretrained(kind="pretrained", pretrained_model_name_or_path=str(tmp_path / "out"), subfolder=None)
+    cfg = config(parts, condition="low_res", conditioning={"factor": 2}, data={"resolution": 8})
+    unet, _, conditioner = build(replace(cfg, model=model))
+    x, t, small, expected = (torch.from_numpy(arrays[name]) for name in ("x", "t", "low_res", "out"))
+    condition = {name: rows.to(expected.dtype) for name, rows in conditioner.condition(small).items()}
+    with torch.no_grad():
+        assert (bind(unet.to(expected.dtype), condition)(x.to(expected.dtype), t) - expected).abs().max() < 1e-6
+        other = bind(unet, {"low_res": -condition["low_res"]})(x.to(expected.dtype), t)
+    assert (other - expected).abs().max() > 1e-3, "negative control: another small image"
+    assert "`conditioning.kind: low_res`, with factor: 2" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="in_channels 6, x0 has 3 channels: .*conditioning.kind to low_res"):
+        build(replace(config(parts, data={"resolution": 8}), model=model))

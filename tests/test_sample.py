@@ -68,12 +68,12 @@ def test_ddim_re_derives_the_noise_from_the_clipped_image(parts, monkeypatch):  
 
 def test_conditions_fill_the_images(parts):  # noqa: F811
     classes, text = made(parts, "ours"), made(parts, "stable diffusion")
-    assert wanted_conditions(classes, 5) == [0, 1, 2, 0, 1]
-    assert wanted_conditions(classes, 3, class_labels=[2]) == [2, 2, 2]
-    assert captions_of(classes, [2, 0]) == ["two", "zero"]
-    assert wanted_conditions(text, 3, prompts=["a", "b"]) == ["a", "b", "a"]
-    assert captions_of(text, ["a", "b"]) == ["a", "b"]
-    assert wanted_conditions(made(parts, "ddpm"), 3) is None
+    assert wanted_conditions(classes, 5) == {"class_labels": [0, 1, 2, 0, 1]}
+    assert wanted_conditions(classes, 3, class_labels=[2]) == {"class_labels": [2, 2, 2]}
+    assert captions_of(classes, {"class_labels": [2, 0]}) == ["two", "zero"]
+    assert wanted_conditions(text, 3, prompts=["a", "b"]) == {"prompt": ["a", "b", "a"]}
+    assert captions_of(text, {"prompt": ["a", "b"]}) == ["a", "b"]
+    assert wanted_conditions(made(parts, "ddpm"), 3) == {} and captions_of(classes, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,6 @@ def test_command_refuses_before_torch_is_loaded(tmp_path):
         (str(tmp_path / "none"), "--out", "x"): "is neither a folder",
         (str(tmp_path), "--out", "x"): "holds no pipeline",
         ("a/b", "--out", str(tmp_path / "full")): "not empty",
-        ("a/b", "--out", "x", "--prompt", "a", "--class_label", "1"): "exclude each other",
         ("a/b", "--out", "x", "--num_images", "0"): "--num_images must be at least 1",
         ("a/b", "--out", "x", "--num_images", "1", "--prompt", "a", "b"): "less than the 2 prompts",
         ("a/b", "--out", "x", "--guidance_scale", "-1"): "--guidance_scale must be at least 0",

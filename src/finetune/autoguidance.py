@@ -13,7 +13,7 @@ from finetune.models import UNet
 from finetune.pretrained import load_model_config, load_pretrained, resolve_source
 
 SHARED = ("in_channels", "sample_size", "class_embed_type", "num_class_embeds", "cross_attention_dim",
-          "projection_class_embeddings_input_dim")  # fmt: skip
+          "projection_class_embeddings_input_dim", "addition_embed_type")  # fmt: skip
 """What both UNets must have in common to be asked the same."""
 
 
@@ -55,7 +55,7 @@ def _of_checkpoint(path: Path, unet: UNet) -> UNet:
     weights = found.tensors("model")
     averages = [part.stem for part in path.glob("ema_*.safetensors")]
     if averages:
-        weights |= found.tensors(max(averages, key=lambda part: float(part.removeprefix("ema_"))))
+        weights |= found.tensors(max(averages, key=lambda part: float(part.rpartition("_")[2])))
     guide = copy.deepcopy(unet)
     try:
         guide.load_state_dict(weights)

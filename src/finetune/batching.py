@@ -42,6 +42,10 @@ class Batch:
     """[B] int64: number of the row in the data set."""
     positions: torch.Tensor
     """[B] int64: position of the sample in the run."""
+    time_ids: torch.Tensor | None = None
+    """[B, 6] float32, SDXL's sizes in pixels: see `images.Prepared`."""
+    low_res: torch.Tensor | None = None
+    """[B, channels, side, side] float32 in [-1, 1]: the small images of data.low_res_column."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -113,7 +117,16 @@ def collate(samples: list[tuple[Place, Sample]]) -> Batch:
         class_labels=None if labels[0] is None else torch.tensor(labels),
         rows=torch.tensor([row for _, _, row in places]),
         positions=torch.tensor([position for position, _, _ in places]),
+        time_ids=torch.tensor([sample.time_ids for sample in made], dtype=torch.float32),
+        low_res=None if made[0].low_res is None else torch.stack([sample.low_res for sample in made]),
     )
+
+
+def first_batch(data: TrainData, n: int) -> Batch:
+    """The first n usable rows (all, if there are fewer) as in epoch 0, to be shown and not trained on."""
+    rows = data.rows[:n]
+    places = [(position, 0, int(row)) for position, row in enumerate(rows)]
+    return collate(list(zip(places, data.samples(rows, [0] * len(rows)), strict=True)))
 
 
 def default_workers(*, processes: int, on_gpu: bool) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from finetune.config import TrainConfig
+from finetune.config_choices import conditions
 from finetune.config_io import batch_plan, dump
 from finetune.provenance import is_local, published_config, published_run
 
@@ -104,8 +105,9 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _front_matter(cfg: TrainConfig) -> str:
     """YAML that the Hub accepts: it refuses the whole push for a local path in base_model or an unknown licence."""
-    text = cfg.conditioning.kind in ("text", "pooled_text")
-    task = "text-to-image" if text else "unconditional-image-generation"  # the Hub has no task "by class"
+    kinds = conditions(cfg.conditioning).keys()
+    task = "unconditional-image-generation"  # the Hub has no task "by class"
+    task = "text-to-image" if kinds & {"text", "pooled_text"} else "image-to-image" if "low_res" in kinds else task
     by_class = ["class-conditional"] if _by_class(cfg) else []
     values: dict[str, Any] = {
         "library_name": "diffusers",
@@ -121,9 +123,11 @@ def _front_matter(cfg: TrainConfig) -> str:
 
 
 def _sentence(cfg: TrainConfig, pipeline: str, metrics: Sequence[Mapping[str, Any]]) -> str:
-    side, kind = cfg.data.resolution, cfg.conditioning.kind
+    side, kinds = cfg.data.resolution, conditions(cfg.conditioning)
     images = f"{side}×{side} {'images' if cfg.data.channels == 3 else 'grey images'}"
-    condition = {"none": "without a condition", "class_label": "by class"}.get(kind, "from text")
+    words = {"class_label": "by class", "low_res": "from small images"}
+    names = dict.fromkeys(words.get(kind, "from text") for kind in kinds if kind != "size")
+    condition = " and ".join(names) or "without a condition"
     what = {"unet2d": "UNet2DModel", "unet2d_condition": "UNet2DConditionModel", "pretrained": "UNet"}[cfg.model.kind]
     space = f"in the latent space of {code(cfg.space.vae)}" if cfg.space.kind == "latent" else "in pixel space"
     start = f"fine-tuned from {code(base)}" if (base := _base(cfg)) else "trained from scratch"
@@ -137,6 +141,8 @@ def _sentence(cfg: TrainConfig, pipeline: str, metrics: Sequence[Mapping[str, An
 def _samples(cfg: TrainConfig) -> str:
     sample = cfg.sample
     how = f"Drawn with {cfg.sampler}, {cfg.sampling_steps} steps, guidance scale {sample.guidance_scale:g}"
+    if "low_res" in conditions(cfg.conditioning):
+        how += "; side by side: small image, drawn image, training image"
     prompts = "; ".join(f"“{prose(prompt)}”" for prompt in sample.prompts)
     return f"![samples](samples.png)\n\n{how}" + (f"; prompts, row by row: {prompts}" if prompts else "") + "."
 
@@ -144,13 +150,16 @@ def _samples(cfg: TrainConfig) -> str:
 def _usage(cfg: TrainConfig, run: Mapping[str, Any], pipeline: str, name: str) -> str:
     ours = pipeline == "UNetPipeline"
     place = name if "/" in name else "."
-    if cfg.conditioning.kind in ("text", "pooled_text"):
-        arguments = repr(cfg.sample.prompts[0])
-    elif _by_class(cfg):
-        classes = cfg.conditioning.num_classes or len(run.get("data", {}).get("classes", ())) or 1
-        arguments = f"class_labels={list(range(min(4, classes)))}"
-    else:
-        arguments = "batch_size=4"
+    parts, given = conditions(cfg.conditioning), []
+    several = len(parts.keys() - {"size"}) > 1
+    if parts.keys() & {"text", "pooled_text"}:
+        given.append(repr(cfg.sample.prompts[0]) if cfg.sample.prompts else "'a prompt'")
+    if _by_class(cfg):
+        classes = parts["class_label"].num_classes or len(run.get("data", {}).get("classes", ())) or 1
+        given.append("class_labels=0" if several else f"class_labels={list(range(min(4, classes)))}")
+    if "low_res" in parts:
+        given.append('image=Image.open("small.png")')
+    arguments = ", ".join(given) or "batch_size=4"
     if not ours:  # ours keeps these two as its defaults
         arguments += f", num_inference_steps={cfg.sampling_steps}"
         if pipeline == "StableDiffusionPipeline":
@@ -160,6 +169,7 @@ def _usage(cfg: TrainConfig, run: Mapping[str, Any], pipeline: str, name: str) -
     snippet = "\n".join(
         [
             "import torch",
+            *["from PIL import Image"] * ("low_res" in parts),
             f"from {'finetune.pipelines' if ours else 'diffusers'} import {pipeline}",
             "",
             f"pipeline = {pipeline}.from_pretrained({place!r})"
@@ -276,4 +286,4 @@ def _base(cfg: TrainConfig) -> str | None:
 
 
 def _by_class(cfg: TrainConfig) -> bool:
-    return cfg.conditioning.kind == "class_label"
+    return "class_label" in conditions(cfg.conditioning)

@@ -12,7 +12,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.config_choices import Conditioning, Model, PixelSpace, Space, Unconditional, UNet2D
+from finetune.config_choices import (
+    Conditioning,
+    Model,
+    PixelSpace,
+    Space,
+    Unconditional,
+    UNet2D,
+    conditions,
+    low_res_contradictions,
+    unet2d_contradictions,
+)
 from finetune.config_objective import DDPM, Objective
 from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
@@ -38,6 +48,10 @@ class Data:
     """Column(s) that hold the captions; of several, or of a list in one cell, one is drawn per epoch and row."""
     label_column: str = "label"
     """Column that holds the class labels."""
+    label_from_filename: bool = False
+    """Take the class from the file name, up to its first "_", instead of label_column (improved-diffusion)."""
+    low_res_column: str | None = None
+    """Column that holds the small images of conditioning low_res; unset: they are made from the large ones."""
     max_train_samples: Count | None = None
     """Use only this many rows, drawn by the seed."""
     resolution: Count
@@ -264,25 +278,27 @@ class TrainConfig:
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         """Rules between sections, as (place, problem) pairs."""
-        kind = self.conditioning.kind
-        if kind == "text" and self.model.kind == "unet2d":
-            yield "conditioning.kind", (
-                "a UNet2DModel has no cross-attention to read a text sequence with: use conditioning.kind pooled_text, "
-                "or model.kind unet2d_condition"
-            )
-        if self.sample.prompts and kind not in ("pooled_text", "text"):
-            yield "sample.prompts", f"conditioning.kind is {kind}, which takes no prompts: remove them"
-        if self.sample.class_labels and kind != "class_label":
-            yield "sample.class_labels", f"conditioning.kind is {kind}, which takes no labels: remove them"
-        if kind in ("pooled_text", "text") and not self.sample.prompts:
-            yield "sample.prompts", f"conditioning.kind {kind} needs at least one prompt to sample with"
+        kind, parts = self.conditioning.kind, conditions(self.conditioning)
+        reads = kind if kind != "several" else " + ".join(parts)
+        text = {"pooled_text", "text"} & parts.keys()
+        if self.model.kind == "unet2d":
+            yield from unet2d_contradictions(parts)
+        if self.sample.prompts and not text:
+            yield "sample.prompts", f"conditioning.kind is {reads}, which takes no prompts: remove them"
+        if self.sample.class_labels and "class_label" not in parts:
+            yield "sample.class_labels", f"conditioning.kind is {reads}, which takes no labels: remove them"
+        if text and not self.sample.prompts and "low_res" not in parts:
+            yield "sample.prompts", f"conditioning.kind {reads} needs at least one prompt to sample with"
+        data = self.data
+        asked = self.sample.prompts or self.sample.class_labels
+        yield from low_res_contradictions(parts, data.resolution, data.low_res_column, data.preparation, bool(asked))
         wanted = max(len(self.sample.prompts), len(self.sample.class_labels))
         if wanted > self.sample.num_images:
             yield "sample.num_images", f"{self.sample.num_images} cannot show {wanted} prompts or labels: raise it"
         if self.sample.guidance_scale not in (0.0, 1.0) and self.sample.autoguidance is None:
             if kind == "none":
                 yield "sample.guidance_scale", "there is no condition to guide with: use 1"
-            elif not self.conditioning.condition_dropout and self.model.kind != "pretrained":
+            elif self.model.kind != "pretrained" and not any(part.condition_dropout for part in parts.values()):
                 yield "sample.guidance_scale", (
                     f"guidance {self.sample.guidance_scale} needs the unconditional case, which conditioning."
                     "condition_dropout 0 never trains: use a dropout such as 0.1, or guidance_scale 1"

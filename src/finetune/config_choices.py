@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.config_types import Count, Fraction, Words, section
+from finetune.config_types import Count, Fraction, Int, PositiveOrZero, Words, section
 
 
 @section
@@ -40,23 +41,32 @@ class Unconditional:
 
 
 @section
-class ClassLabel:
-    """Class labels, embedded and added to the time embedding; one more index stands for "no class"."""
+class LabelCondition:
+    """Class labels, embedded and added to the time embedding."""
 
-    kind: Literal["class_label"]
     num_classes: Count | None = None
     """Number of classes; unset: as many as the data names."""
     condition_dropout: Fraction = 0.1
     """Share of samples trained without their label, for guidance (Ho & Salimans 2022 use 0.1 to 0.2)."""
+    null: Literal["index", "zero"] = "index"
+    """What stands for "no class": one more learned embedding, or the embedding zero, which is not learned."""
+    trainable: bool = True
+    """Learn the embeddings of the classes; false: they stay as they start."""
 
 
 @section
-class PooledText:
-    """The pooled embedding of a frozen CLIP text encoder, added to the time embedding."""
+class ClassLabel(LabelCondition):
+    """Class labels, embedded and added to the time embedding; one more index stands for "no class"."""
 
-    kind: Literal["pooled_text"]
+    kind: Literal["class_label"]
+
+
+@section
+class TextCondition:
+    """A text, read by a frozen CLIP text encoder."""
+
     text_encoder: str
-    """The CLIPTextModel: a local folder or a Hub id. The empty prompt stands for "no caption"."""
+    """The CLIPTextModel: a local folder or a Hub id."""
     tokenizer: str
     """Its CLIPTokenizer: a local folder or a Hub id."""
     text_encoder_subfolder: str | None = None
@@ -66,17 +76,135 @@ class PooledText:
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     condition_dropout: Fraction = 0.1
-    """Share of samples trained with the empty prompt, for guidance (Ho & Salimans 2022 use 0.1 to 0.2)."""
+    """Share of samples trained without their caption, for guidance (Ho & Salimans 2022 use 0.1 to 0.2)."""
+    null: Literal["empty_prompt", "zero"] = "empty_prompt"
+    """What stands for "no caption": the embedding of the empty prompt, or zeros (generative-models)."""
 
 
 @section
-class TextSequence(PooledText):
+class PooledText(TextCondition):
+    """The pooled embedding of a frozen CLIP text encoder, added to the time embedding."""
+
+    kind: Literal["pooled_text"]
+
+
+@section
+class TextSequence(TextCondition):
     """The token sequence of a frozen CLIP text encoder, read by cross-attention (needs model.kind unet2d_condition)."""
 
     kind: Literal["text"]
 
 
-Conditioning = Annotated[Unconditional | ClassLabel | PooledText | TextSequence, Field(discriminator="kind")]
+@section
+class LowResCondition:
+    """Super-resolution: the small image, enlarged bilinearly and concatenated to the network's input.
+
+    It is made from the training image by averaging (Nichol & Dhariwal 2021), or read from data.low_res_column. Zeros
+    stand for "no small image".
+    """
+
+    factor: Annotated[Int, Field(ge=2)] = 4
+    """Side of the training image over that of the small one."""
+    noise_augmentation: PositiveOrZero = 0.0
+    """Largest std of noise added to the small image: drawn uniformly per sample, and not told to the network."""
+    condition_dropout: Fraction = 0.0
+    """Share of samples trained without the small image; with 0, guidance by other conditions keeps it."""
+
+
+@section
+class LowRes(LowResCondition):
+    """Super-resolution: the small image, enlarged bilinearly and concatenated to the network's input."""
+
+    kind: Literal["low_res"]
+
+
+@section
+class SizeCondition:
+    """Micro-conditioning of SDXL (Podell et al. 2023): original size, corner of the crop, target size.
+
+    Embedded and added to the time embedding (needs model.kind unet2d_condition). Zeros stand for "no sizes".
+    """
+
+    condition_dropout: Fraction = 0.0
+    """Share of samples trained without their sizes; with 0, guidance by other conditions keeps them."""
+
+
+@section
+class Several:
+    """Several conditions at once, each a section of its own."""
+
+    kind: Literal["several"]
+    class_label: LabelCondition | None = None
+    pooled_text: TextCondition | None = None
+    text: TextCondition | None = None
+    low_res: LowResCondition | None = None
+    size: SizeCondition | None = None
+    dropout_draws: Literal["joint", "independent"] = "joint"
+    """joint: one draw per sample drops each condition whose rate lies above it, so that all go together as often as
+    the lowest rate says; independent: one draw per condition (generative-models), all with the product of the rates."""
+
+    def __post_init__(self) -> None:
+        if not conditions(self):
+            raise ValueError(f"kind several needs at least one of {', '.join(CONDITIONS)}: add a section")
+
+
+Conditioning = Annotated[
+    Unconditional | ClassLabel | PooledText | TextSequence | LowRes | Several, Field(discriminator="kind")
+]
+CONDITIONS = ("class_label", "pooled_text", "text", "low_res", "size")
+Part = LabelCondition | TextCondition | LowResCondition | SizeCondition
+
+
+def conditions(conditioning: Conditioning) -> dict[str, Part]:
+    """The conditions of a run by their kind, in a fixed order: none, one or several."""
+    if conditioning.kind == "several":
+        parts = {name: getattr(conditioning, name) for name in CONDITIONS}
+        return {name: part for name, part in parts.items() if part is not None}
+    return {} if conditioning.kind == "none" else {conditioning.kind: conditioning}
+
+
+def unet2d_contradictions(parts: dict[str, Part]) -> Iterator[tuple[str, str]]:
+    """The conditions that a new UNet2DModel cannot take, as (place, problem) pairs."""
+    if "text" in parts:
+        yield "conditioning.kind", (
+            "a UNet2DModel has no cross-attention to read a text sequence with: use conditioning.kind pooled_text, "
+            "or model.kind unet2d_condition"
+        )
+    if {"class_label", "pooled_text"} <= parts.keys():
+        yield "conditioning.pooled_text", (
+            "a UNet2DModel has one class embedding, for either class_label or pooled_text: remove one of them, or use "
+            "model.kind unet2d_condition"
+        )
+    if "size" in parts:
+        yield "conditioning.size", (
+            "a UNet2DModel has no embedding of sizes: remove it, or use model.kind unet2d_condition"
+        )
+
+
+def low_res_contradictions(
+    parts: dict[str, Part], resolution: int, column: str | None, preparation: str, asked: bool
+) -> Iterator[tuple[str, str]]:
+    """What of the data does not go with super-resolution, as (place, problem) pairs."""
+    if "low_res" not in parts:
+        if column is not None:
+            yield "data.low_res_column", "there is no condition low_res, which would read it: remove it"
+        return
+    if asked:
+        yield "sample.prompts", (
+            "with low_res among the conditions, the samples are training samples, drawn by their own captions and "
+            "classes: remove sample.prompts and sample.class_labels"
+        )
+    factor = parts["low_res"].factor
+    if resolution % factor:
+        yield "data.resolution", (
+            f"{resolution} must be a multiple of the factor of conditioning low_res, {factor}: use "
+            f"{-(-resolution // factor) * factor}"
+        )
+    if column is not None and preparation == "iddpm":
+        yield "data.preparation", (
+            "iddpm rounds sizes, so that a small image of data.low_res_column would not lie on the large one: use "
+            "standard"
+        )
 
 
 @section

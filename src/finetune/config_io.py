@@ -74,7 +74,13 @@ def load_text(text: str, *, name: str = "config.yaml") -> TrainConfig:
 
 def dump(cfg: TrainConfig) -> str:
     """YAML of every setting, such that load_text(dump(cfg)) == cfg exactly."""
-    return write_mapping(asdict(cfg))
+    return write_mapping(_kind_first(asdict(cfg)))
+
+
+def _kind_first(values: dict) -> dict:
+    """Nested settings in their order, but for the kind of a section, which says what the others mean."""
+    nested = {name: _kind_first(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return {"kind": nested["kind"], **nested} if "kind" in nested else nested
 
 
 def schema() -> dict:
@@ -167,6 +173,8 @@ def _override(draft: Draft, over: Draft) -> None:
             if chosen and chosen.value != kinds[path]:
                 kinds[path] = chosen.value
                 draft.given = {name: given for name, given in draft.given.items() if not name.startswith(f"{path}.")}
+            if path in over.given and over.given[path].value is None:  # an optional section that null takes away
+                draft.given = {at: given for at, given in draft.given.items() if not f"{at}.".startswith(f"{path}.")}
     draft.given |= over.given
 
 
@@ -188,7 +196,7 @@ def _validate(draft: Draft, otherwise: str) -> TrainConfig:
     `otherwise` says of a required setting where it is not set.
     """
     kinds = _choose_kinds(draft)
-    chosen = {path: active(variants, kinds) for path, variants in SETTINGS.items()}
+    chosen = {path: active(variants, kinds) for path, variants in (SECTIONS | SETTINGS).items()}
     _refuse_other_kinds(draft, chosen, kinds)
     values = {path: given.value for path, given in draft.given.items()}
     for _ in range(len(SECTIONS) + 3):  # the values, the rules of each section, the rules between sections
@@ -197,7 +205,7 @@ def _validate(draft: Draft, otherwise: str) -> TrainConfig:
             break
         except ValidationError as error:
             for path, item, one in merged(error.errors(include_url=False)):
-                setting = chosen.get(path)
+                setting = None if path in SECTIONS else chosen.get(path)
                 if one["type"] == "missing":
                     _refuse_missing(draft, setting, otherwise)
                     values[path] = _stand_in(setting)
@@ -240,7 +248,7 @@ def _refuse_other_kinds(draft: Draft, chosen: Mapping[str, Setting | None], kind
         if chosen[path]:
             continue
         del draft.given[path]
-        variants = SETTINGS[path]
+        variants = SETTINGS.get(path) or SECTIONS[path]
         for section, _ in variants[0].within:  # the outermost section whose kind has no such setting
             fitting = [setting for setting in variants if dict(setting.within)[section] == kinds.get(section)]
             if not fitting:
@@ -264,7 +272,9 @@ def _nest(values: Mapping[str, object], kinds: Mapping[str, str | None]) -> dict
         for name in sections:
             at = f"{at}.{name}" if at else name
             inner = inner.setdefault(name, {"kind": kinds[at]} if kinds.get(at) else {})
-        if leaf:
+        if leaf and path in SECTIONS:  # an optional one that is given, or taken away
+            inner.update({} if value is None else {leaf: inner.get(leaf, {})})
+        elif leaf:
             inner[leaf] = value
     return root
 
@@ -333,7 +343,7 @@ def _launched(config: TrainConfig, draft: Draft, env: Mapping[str, str]) -> Load
 
 def _leaves(values: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in values.items():
-        if prefix + name in SECTIONS:
+        if prefix + name in SECTIONS and value is not None:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -59,8 +59,13 @@ class Draft:
             path = prefix + key
             here = origin if origin.order[0] else Origin((0, entry.line), f"{origin.text}:{entry.line}")
             if path in SECTIONS:
+                optional = any(section.optional for section in SECTIONS[path])
                 if isinstance(entry.value, dict):
+                    if optional:
+                        self.given[path] = Given({}, here)
                     self.add(entry.value, origin, f"{path}.")
+                elif optional and entry.value is None:
+                    self.given[path] = Given(None, here)
                 else:
                     self.refuse(path, f"expected the settings of this section, got {show(entry.plain())}", here)
             elif path in SETTINGS:

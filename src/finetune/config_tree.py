@@ -79,6 +79,8 @@ class Section:
     """Whether pydantic puts the kind into the location of an error (it does where there are several)."""
     within: tuple[tuple[str, str], ...] = ()
     """The (section, kind) pairs under which it exists."""
+    optional: bool = False
+    """Whether it is there only if it is given, be it as {}; null takes it away."""
 
 
 def _parts(annotation: object) -> Iterator[tuple[object, bool]]:
@@ -115,9 +117,8 @@ def _walk(cls: type, prefix: str, kinds: tuple[tuple[str, str], ...]) -> Iterato
         default_kind = None if not by_kind or default in (PydanticUndefined, None) else default.kind
         several = len(members) > 1
         docs = {kind: _doc(member) for kind, member in by_kind.items()}
-        yield Section(
-            path, "" if several else _doc(members[0]), field.is_required(), docs, default_kind, several, kinds
-        )
+        text = "" if several else _doc(members[0])
+        yield Section(path, text, field.is_required(), docs, default_kind, several, kinds, default is None)
         if by_kind:
             known = PydanticUndefined if default_kind is None else default_kind
             yield Setting(f"{path}.kind", "Which one.", Literal[tuple(by_kind)], known, kinds)
@@ -155,8 +156,12 @@ for _found in _walk(TrainConfig, "", ()):
         ALL_SETTINGS.append(_found)
 LEAVES: dict[str, list[str]] = {}
 """Paths by their last name; a name with one path may stand alone on the command line."""
+_OPTIONAL = {path for path, variants in SECTIONS.items() if variants[0].optional}
+_OUTSIDE = {path.rpartition(".")[2] for path in SETTINGS if path.rpartition(".")[0] not in _OPTIONAL}
 for _path in SETTINGS:
-    LEAVES.setdefault(_path.rpartition(".")[2], []).append(_path)
+    _section, _, _leaf = _path.rpartition(".")
+    if not (_section in _OPTIONAL and _leaf in _OUTSIDE):  # a name that stands alone means the one outside
+        LEAVES.setdefault(_leaf, []).append(_path)
 
 
 Found = TypeVar("Found", Setting, Section)

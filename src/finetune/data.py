@@ -11,9 +11,10 @@ import torch
 from datasets import Dataset
 
 from finetune.config import Data, TrainConfig
+from finetune.config_choices import conditions
 from finetune.datacheck import check, explain, refuse_or_warn
 from finetune.errors import ConfigError, DataError
-from finetune.images import BadRow, background_rgb, decode, strict_pillow, to_pixels
+from finetune.images import BadRow, background_rgb, decode, prepare, strict_pillow
 from finetune.rows import Row, Rows, rows_of
 from finetune.seeding import key, permutation
 from finetune.sources import open_source
@@ -27,6 +28,10 @@ class Sample:
     """[channels, resolution, resolution] float32 in [-1, 1]."""
     caption: str | None
     label: int | None
+    time_ids: tuple[int, ...]
+    """Sizes: see `images.Prepared`."""
+    low_res: torch.Tensor | None
+    """The small image, if the data has one: see `images.Prepared`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,8 @@ class TrainData:
     """[n] int64: the numbers of the usable rows, ascending."""
     fingerprint: str
     """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order."""
+    factor: int
+    """Side of an image over that of the small image of data.low_res_column; 1 without one."""
     facts: dict[str, Any]
     """What a reader should know of the data; JSON's types only."""
 
@@ -68,45 +75,57 @@ class TrainData:
     def _sample(self, row: Row, epoch: int) -> Sample:
         try:
             image = decode(self.table.image_bytes(row), self.rules).image
+            small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
             options, label = self.table.captions(row), self.table.label(row)
         except BadRow as problem:
             raise DataError(f"{row.name} {problem}; it was usable when the data was checked") from None
-        pixels = to_pixels(image, self.rules, seed=self.seed, epoch=epoch, row=row.number)
+        place = {"seed": self.seed, "epoch": epoch, "row": row.number}
+        made = prepare(image, self.rules, **place, small=small, factor=self.factor)
         caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]
-        return Sample(pixels, caption, label)
+        return Sample(made.pixels, caption, label, made.time_ids, made.low_res)
 
 
 def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: bool = True) -> TrainData:
     """Open and check the data that `cfg.data` names, or `dataset` from Python.
 
-    Captions are read if conditioning.kind is text or pooled_text, labels if it is class_label. In runs of several
+    Captions are read if a text is among the conditions, labels if class_label is. In runs of several
     processes let the main one go first: it checks the data, the others find the answer in the cache. Raises DataError
     with everything that is wrong; with data.on_error skip, only if no usable row is left.
     """
-    rules, kind = cfg.data, cfg.conditioning.kind
+    rules, parts = cfg.data, conditions(cfg.conditioning)
     try:
         background_rgb(rules.background)
     except ValueError as error:
         raise ConfigError(f"data.background: {error}; give a name such as white, or #rrggbb") from None
-    text = kind in ("text", "pooled_text")
+    text = bool({"text", "pooled_text"} & parts.keys())
     source = open_source(rules, dataset, captions=text)
     if not len(source.dataset):
         raise DataError(explain(source.problems, source.name) if source.problems else f"{source.name} has no rows")
-    table = rows_of(source, rules, captions=text, labels=kind == "class_label")
-    if kind == "class_label" and (cfg.conditioning.num_classes or len(table.class_names)) < len(table.class_names):
+    table = rows_of(source, rules, captions=text, labels="class_label" in parts)
+    num_classes = parts["class_label"].num_classes if "class_label" in parts else None
+    if num_classes and num_classes < len(table.class_names):
         raise DataError(
             f"{source.name} has {len(table.class_names)} classes, more than conditioning.num_classes "
-            f"{cfg.conditioning.num_classes}: unset it, or give at least as many"
+            f"{num_classes}: unset it, or give at least as many"
         )
+    factor = parts["low_res"].factor if rules.low_res_column else 1
     numbers = _draw_rows(len(table), rules.max_train_samples, cfg.seed, source.name)
-    report = check(table, numbers, rules, progress=progress)
+    report = check(table, numbers, rules, factor=factor, progress=progress)
     problems = [*source.problems, *report.bad.values()]
     refuse_or_warn(problems, source.name, rules)
     usable = numbers[~np.isin(numbers, list(report.bad))]
     if not len(usable):
         raise DataError(f"{source.name} has no usable row")
     facts = {"rows_found": len(table), "left_out": len(problems)} | report.facts
-    return TrainData(table=table, rules=rules, seed=cfg.seed, rows=usable, fingerprint=report.fingerprint, facts=facts)
+    return TrainData(
+        table=table,
+        rules=rules,
+        seed=cfg.seed,
+        rows=usable,
+        fingerprint=report.fingerprint,
+        factor=factor,
+        facts=facts,
+    )
 
 
 def _draw_rows(found: int, wanted: int | None, seed: int, name: str) -> np.ndarray:

@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +60,17 @@ class _Checked:
     label: int | None = None
 
 
-def check(rows: Rows, numbers: np.ndarray, rules: Data, *, progress: bool = True) -> Report:
+def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, progress: bool = True) -> Report:
     """Check the rows `numbers`, or take the answer from the cache if neither data nor rules changed since.
 
     Decoding runs in threads: Pillow's decoders let go of Python's lock. Costs about what one epoch of decoding costs.
     """
-    entry = _cache_entry(rows, numbers, rules)
+    entry = _cache_entry(rows, numbers, rules, factor)
     known = _load(entry)
     if known is not None and (known["files"] is None or known["files"] == _stamps(rows, numbers)):
         bad = {number: Problem(name, reason) for number, name, reason in known["bad"]}
         return Report(bad, known["fingerprint"], known["facts"])
-    checked = _check_all(rows, numbers, rules, progress)
+    checked = _check_all(rows, numbers, rules, factor, progress)
     bad = {row.number: row.problem for row in checked if row.problem}
     good = [row for row in checked if not row.problem]
     report = Report(bad, _digest(row.digest for row in good), _facts(rows, good, rules))
@@ -87,27 +87,41 @@ def explain(problems: list[Problem], source: str) -> str:
     return "\n".join([f"{len(problems)} problems in {source}:", *lines, *([f"  ... and {more} more"] if more else [])])
 
 
-def _check_all(rows: Rows, numbers: np.ndarray, rules: Data, progress: bool) -> list[_Checked]:
+def _check_all(rows: Rows, numbers: np.ndarray, rules: Data, factor: int, progress: bool) -> list[_Checked]:
     chunks = [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
     checked: list[_Checked] = []
     bar = tqdm(total=len(numbers), desc="check data", unit="image", delay=2, disable=None if progress else True)
     with bar, strict_pillow(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for found in threads.map(lambda chunk: [_check_row(rows, row, rules) for row in rows.read(chunk)], chunks):
+        for found in threads.map(
+            lambda chunk: [_check_row(rows, row, rules, factor) for row in rows.read(chunk)], chunks
+        ):
             checked += found
             bar.update(len(found))
     return checked
 
 
-def _check_row(rows: Rows, row: Row, rules: Data) -> _Checked:
+def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
     stamp = _stamp(rows, row)  # before reading: a file that changes meanwhile is checked again by the next run
     try:
         captions, label = rows.captions(row), rows.label(row)
         content = rows.image_bytes(row)
         decoded = decode(content, rules)
+        small = rows.image_bytes(row.small) if row.small else b""
+        if row.small:
+            _check_pair(decode(small, rules).size, decoded.size, factor)
     except BadRow as problem:
         return _Checked(row.number, stamp, Problem(row.name, str(problem)))
-    digest = rows.digest(row, content)
+    digest = rows.digest(row, content, small)
     return _Checked(row.number, stamp, None, digest, decoded.size, decoded.traits, captions or (), label)
+
+
+def _check_pair(small: tuple[int, int], size: tuple[int, int], factor: int) -> None:
+    """Raise BadRow unless the small image is exactly `factor` times smaller, so that one crop is another's."""
+    if (small[0] * factor, small[1] * factor) != size:
+        raise BadRow(
+            f"is {size[0]}x{size[1]} and its small image {small[0]}x{small[1]}, which must be smaller by the factor of "
+            f"conditioning low_res, {factor}, on both sides"
+        )
 
 
 def _facts(rows: Rows, good: list[_Checked], rules: Data) -> dict[str, Any]:
@@ -148,7 +162,9 @@ def _stamps(rows: Rows, numbers: np.ndarray) -> str:
 
 
 def _stamp(rows: Rows, row: Row) -> bytes:
-    """Number, size and time of the row's file; empty if the data set itself holds the image."""
+    """Number, size and time of the row's files; empty if the data set itself holds the images."""
+    if row.small is not None:
+        return _stamp(rows, replace(row, small=None)) + _stamp(rows, row.small)
     if row.content is not None:
         return b""
     try:
@@ -158,12 +174,13 @@ def _stamp(rows: Rows, row: Row) -> bytes:
     return f"{row.number} {state.st_size} {state.st_mtime_ns}\n".encode()
 
 
-def _cache_entry(rows: Rows, numbers: np.ndarray, rules: Data) -> Path:
+def _cache_entry(rows: Rows, numbers: np.ndarray, rules: Data, factor: int) -> Path:
     """The cache file for these rows and these rules; under the home of the Hugging Face caches (HF_HOME)."""
     settings = (rules.resolution, rules.channels, rules.background, rules.max_pixels, rules.min_side)
     what = (
         VERSION, PIL.__version__, rows.dataset._fingerprint, rows.folders, rows.image_column, rows.caption_columns,
         rows.label_column, rows.class_names, settings, rules.max_aspect_ratio, _digest([numbers.tobytes()]),
+        rows.low_res_column, factor, rows.label_from_filename,
     )  # fmt: skip
     return Path(datasets.config.HF_CACHE_HOME) / "finetune" / "datacheck" / f"{_digest([repr(what).encode()])}.json"
 

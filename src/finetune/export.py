@@ -24,6 +24,8 @@ from finetune.checkpoint import to_disk
 from finetune.config import TrainConfig
 from finetune.config_io import dump
 from finetune.errors import FinetuneError, NonFiniteError
+from finetune.pipeline_conditions import kinds_of
+from finetune.pipelines import UNetPipeline
 from finetune.provenance import public_name, published_config, published_run
 
 _FOLDER, _TEMPORARY, _OLD = "pipeline", ".pipeline-tmp-", ".pipeline-old-"
@@ -211,11 +213,17 @@ def _draw(pipeline: DiffusionPipeline) -> np.ndarray:
     """Two images of two steps (one, if two do not divide the training steps, as ddim wants): [2, H, W, C]."""
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"batch_size": 2}
-    conditioning = "text" if isinstance(pipeline, StableDiffusionPipeline) else pipeline.config.get("conditioning")
-    if conditioning == "class_label":
-        options = {"class_labels": [0, pipeline.config.num_classes - 1]}
-    elif conditioning in ("text", "pooled_text"):
-        options = {"prompt": ["a picture", ""]}
+    kinds = {"text"} if isinstance(pipeline, StableDiffusionPipeline) else set()
+    if isinstance(pipeline, UNetPipeline):
+        kinds = set(kinds_of(pipeline))
+    if "class_label" in kinds:
+        options["class_labels"] = [0, pipeline.config.num_classes - 1]
+    if "low_res" in kinds:
+        channels, side = pipeline.unet.config.in_channels - pipeline.space().channels, pipeline.config.low_res_side
+        options["image"] = torch.linspace(0, 1, 2 * channels * side**2).reshape(2, channels, side, side)
+    if kinds & {"text", "pooled_text"}:
+        options["prompt"] = ["a picture", ""]
+        options.pop("batch_size")  # a stock pipeline has no such argument
     steps = 1 if pipeline.scheduler.config.num_train_timesteps % 2 else 2
     generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     return pipeline(num_inference_steps=steps, generator=generator, output_type="np", **options).images

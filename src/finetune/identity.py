@@ -10,6 +10,7 @@ from typing import Any
 from finetune import checkpoint
 from finetune.checkpoint import Checkpoint
 from finetune.config import TrainConfig
+from finetune.config_tree import SETTINGS
 from finetune.errors import CheckpointError
 from finetune.provenance import published_config
 
@@ -39,7 +40,7 @@ def checkpoint_to_resume(cfg: TrainConfig, *, now: dict[str, Any], steps: int) -
         found = checkpoint.load(Path(cfg.resume_from_checkpoint))
     if found is None:
         return None
-    saved = found.state["identity"]
+    saved = _defaults_of(now) | found.state["identity"]
     if changed := [name for name in sorted(now.keys() | saved.keys()) if saved.get(name) != now.get(name)]:
         lines = [f"  {name}: {saved.get(name)} -> {now.get(name)}" for name in changed]
         raise CheckpointError(
@@ -65,3 +66,12 @@ def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(f"{prefix}{name}.", value) if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def _defaults_of(now: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `now` that are at a default: a checkpoint from before a setting existed was trained with that."""
+
+    def known(name: str) -> list[Any]:
+        return [json.loads(json.dumps(one.default, default=str)) for one in SETTINGS.get(name, ())]
+
+    return {name: value for name, value in now.items() if value in known(name)}

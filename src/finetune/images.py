@@ -43,6 +43,19 @@ class Decoded:
     """Which of "transparent", "more than 8 bits", "several frames", "rotated by EXIF", "CMYK" hold for the file."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What training sees of an image."""
+
+    pixels: torch.Tensor
+    """[channels, resolution, resolution] float32 in [-1, 1]."""
+    time_ids: tuple[int, ...]
+    """SDXL's sizes (Podell et al. 2023): height and width of the upright image; top and left of the crop, in pixels of
+    the resized image and, if it is mirrored, of the mirrored one; height and width of the training image."""
+    low_res: torch.Tensor | None
+    """[channels, side, side] float32 in [-1, 1]: the same part of the small image, if there is one."""
+
+
 @contextmanager
 def strict_pillow() -> Iterator[None]:
     """Within this block Pillow refuses truncated files, its warnings are errors, and `max_pixels` is the only cap.
@@ -94,26 +107,69 @@ def decode(content: bytes, rules: Data) -> Decoded:
         raise BadRow(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 
-def to_pixels(image: Image.Image, rules: Data, *, seed: int, epoch: int, row: int) -> torch.Tensor:
-    """Resize the short side to `rules.resolution`, crop, mirror -> [rules.channels, side, side] float32 in [-1, 1].
+def prepare(
+    image: Image.Image,
+    rules: Data,
+    *,
+    seed: int,
+    epoch: int,
+    row: int,
+    small: Image.Image | None = None,
+    factor: int = 1,
+) -> Prepared:
+    """Resize the short side to `rules.resolution`, crop, mirror.
 
     `image` is what `decode` gives. The crop and the mirroring are functions of (seed, epoch, row). A square image of
-    the right size without mirroring keeps every pixel: value v of 0..255 becomes v / 127.5 - 1.
+    the right size without mirroring keeps every pixel: value v of 0..255 becomes v / 127.5 - 1. small: the same picture
+    at 1/factor of the size, prepared alike; the crop then lies on whole pixels of it.
     """
-    side = rules.resolution
-    if rules.preparation == "iddpm":
-        image = _halve_and_crop(image, side)
-    else:
+    side, original = rules.resolution, (image.height, image.width)
+    image = _resized(image, rules, side)
+    coarse = image if small is None else _resized(small, rules, side // factor)
+    top, left = _corner(coarse, rules, side // factor, key(seed, "crop", epoch, row))
+    top, left = top * factor, left * factor
+    flip = bool(rules.random_flip and key(seed, "flip", epoch, row) % 2)
+    seen_left = image.width - side - left if flip else left
+    return Prepared(
+        pixels=_cut(image, rules, (top, left), side, flip),
+        time_ids=(*original, top, seen_left, side, side),
+        low_res=None if small is None else _cut(coarse, rules, (top // factor, left // factor), side // factor, flip),
+    )
+
+
+def to_pixels(image: Image.Image, rules: Data, *, seed: int, epoch: int, row: int) -> torch.Tensor:
+    """The pixels of `prepare`."""
+    return prepare(image, rules, seed=seed, epoch=epoch, row=row).pixels
+
+
+def _resized(image: Image.Image, rules: Data, side: int) -> Image.Image:
+    """The image with its short side at `side`.
+
+    By `preparation iddpm` as improved-diffusion makes it (Nichol & Dhariwal 2021), which rounds the long side where
+    F.resize truncates it.
+    """
+    if rules.preparation != "iddpm":
         mode = InterpolationMode(rules.image_interpolation_mode)
-        image = F.resize(image, [side], interpolation=mode, antialias=True)
+        return F.resize(image, [side], interpolation=mode, antialias=True)
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def _corner(image: Image.Image, rules: Data, side: int, drawn: int) -> tuple[int, int]:
+    """Top and left of the crop; drawn: 64 random bits, which modulo n are uniform up to n / 2**64."""
+    tops, lefts = image.height - side, image.width - side
+    if rules.preparation == "iddpm":
+        return tops // 2, lefts // 2
     if rules.center_crop:
-        image = F.center_crop(image, [side, side])
-    else:
-        tops, lefts = image.height - side + 1, image.width - side + 1
-        # A 64-bit key modulo n is uniform up to n / 2**64, and needs no generator.
-        top, left = divmod(key(seed, "crop", epoch, row) % (tops * lefts), lefts)
-        image = F.crop(image, top, left, side, side)
-    if rules.random_flip and key(seed, "flip", epoch, row) % 2:
+        return round(tops / 2), round(lefts / 2)  # as torchvision's center_crop
+    return divmod(drawn % ((tops + 1) * (lefts + 1)), lefts + 1)
+
+
+def _cut(image: Image.Image, rules: Data, corner: tuple[int, int], side: int, flip: bool) -> torch.Tensor:
+    image = F.crop(image, *corner, side, side)
+    if flip:
         image = F.horizontal_flip(image)
     pixels = F.pil_to_tensor(image)
     if pixels.dtype == torch.uint8:
@@ -121,18 +177,6 @@ def to_pixels(image: Image.Image, rules: Data, *, seed: int, epoch: int, row: in
     else:
         pixels = pixels.clamp(0, 1) * 2 - 1  # bicubic and lanczos overshoot; 8-bit images were clipped by the resize
     return pixels.expand(rules.channels, side, side)
-
-
-def _halve_and_crop(image: Image.Image, side: int) -> Image.Image:
-    """The centre square of the resized image as improved-diffusion makes it (Nichol & Dhariwal 2021).
-
-    Not F.resize and F.center_crop, which truncate the long side and round the crop where it rounds and truncates.
-    """
-    while min(image.size) >= 2 * side:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = side / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    return F.crop(image, (image.height - side) // 2, (image.width - side) // 2, side, side)
 
 
 def background_rgb(colour: str) -> tuple[int, int, int]:

@@ -139,6 +139,10 @@ def _readme(name: str, shape: Shape, heads: tuple[int, int], small_size: int | N
     if shape.in_channels == 6:
         side = "" if small_size is None else f" of {small_size} pixels"
         lines.append(f"- 6 input channels: x_t (3), then the small image{side}, enlarged bilinearly (3).")
+        size = unet.config.sample_size
+        ratio = f"factor: {size // small_size}" if small_size else f"factor: {size} / its side"
+        low_res = "`low_res` among the conditions" if shape.num_classes is not None else "`conditioning.kind: low_res`"
+        lines.append(f"- To train it on: {low_res}, with {ratio}, and `data.resolution: {size}`.")
     lines.append("- If trained with rescale_timesteps (the default there), its timestep is t * 1000 / diffusion_steps.")
     if unet.config.get("num_attention_heads") is not None:
         lines.append(

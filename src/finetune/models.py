@@ -12,27 +12,57 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
+from torch.nn import functional
 
 from finetune.conditioning import Condition, Conditioner
 from finetune.config import TrainConfig
 from finetune.errors import ConfigError
+from finetune.model_fit import (
+    TIME_ID_WIDTH,
+    TIME_IDS,
+    added_embedding_for,
+    check_channels,
+    check_conditions,
+    class_embedding_for,
+    fix_classes,
+    low_res_channels,
+    refuse_for_unet2d,
+)
 from finetune.pretrained import load_model_config, load_pretrained
 from finetune.seeding import key
 from finetune.space import Space
 
 UNet = UNet2DModel | UNet2DConditionModel
+OURS = frozenset({"text_embeds", "time_ids", "low_res"})
+"""Names in a Condition that are no arguments of a UNet."""
 
 
 def bind(unet: torch.nn.Module, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
     """The UNet (it may be wrapped for DDP) under a condition, as network(x_t [B, C, H, W], timestep) -> [B, C, H, W].
 
-    A UNet2DConditionModel without cross-attention still asks for encoder_hidden_states: it gets None.
+    A UNet2DConditionModel without cross-attention still asks for encoder_hidden_states: it gets None. text_embeds and
+    time_ids are SDXL's added_cond_kwargs; of one alone, the other is empty (text_embeds) or zeros (time_ids, which
+    diffusers cannot leave out). low_res is enlarged bilinearly and follows the channels of x_t.
     """
     bare = unet if isinstance(unet, UNet) else extract_model_from_parallel(unet)
     set_heads(bare)  # here, where every use passes, because from_pretrained does not know of them
+    arguments: dict[str, Any] = {name: rows for name, rows in condition.items() if name not in OURS}
     if isinstance(bare, UNet2DConditionModel):
-        condition = {"encoder_hidden_states": None, **condition}
-    return lambda x_t, timestep: unet(x_t, timestep, **condition).sample
+        arguments = {"encoder_hidden_states": None, **arguments}
+    added = {name: condition[name] for name in ("text_embeds", "time_ids") if name in condition}
+    if added:
+        given = next(iter(added.values()))
+        empty = {"text_embeds": given.new_zeros(len(given), 0), "time_ids": given.new_zeros(len(given), TIME_IDS)}
+        arguments["added_cond_kwargs"] = empty | added
+    low_res = condition.get("low_res")
+    if low_res is None:
+        return lambda x_t, timestep: unet(x_t, timestep, **arguments).sample
+
+    def network(x_t: Tensor, timestep: Tensor) -> Tensor:
+        enlarged = functional.interpolate(low_res, size=x_t.shape[-2:], mode="bilinear")
+        return unet(torch.cat([x_t, enlarged], dim=1), timestep, **arguments).sample
+
+    return network
 
 
 def set_heads(unet: UNet) -> None:
@@ -108,20 +138,23 @@ def build_unet(cfg: TrainConfig, space: Space, conditioner: Conditioner, *, seed
     _check_blocks(cfg.model, conditioner)
     _check_side(len(cfg.model.block_out_channels), space)
     arguments = _condition_arguments(cfg.model, conditioner)
-    arguments |= {"sample_size": space.size, "in_channels": space.channels}
+    arguments |= {"sample_size": space.size, "in_channels": space.channels + low_res_channels(conditioner.parts)}
     arguments["out_channels"] = space.channels * cfg.objective.out_channels_factor
     arguments |= _shape_arguments(cfg.model)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key(seed, "weights"))
         try:
             if cfg.model.kind == "unet2d_condition":
-                return UNet2DConditionModel(**arguments)
-            heads = cfg.model.num_heads
-            unet = new_unet2d(heads=None if heads is None else (heads, heads), **arguments)
+                unet = UNet2DConditionModel(**arguments)
+            else:
+                heads = cfg.model.num_heads
+                unet = new_unet2d(heads=None if heads is None else (heads, heads), **arguments)
         except (ValueError, NotImplementedError) as error:
             raise ConfigError(f"model: diffusers cannot build this {cfg.model.kind}: {error}") from error
-    if cfg.model.zero_init:
+    if cfg.model.kind == "unet2d" and cfg.model.zero_init:
         start_at_zero(unet)
+    if "class_label" in conditioner.parts:
+        fix_classes(unet, conditioner.parts["class_label"])
     return unet
 
 
@@ -139,25 +172,30 @@ def _shape_arguments(model: Any) -> dict[str, Any]:
 
 
 def _condition_arguments(model: Any, conditioner: Conditioner) -> dict[str, Any]:
-    """How the condition enters a new UNet. The pooled text is added as it is to the time embedding of a UNet2DModel,
-    which must then be as wide; a UNet2DConditionModel learns a projection of it.
-    """
+    """How the conditions enter a new UNet, in diffusers' words. Raises ConfigError for what its class cannot take."""
+    parts = conditioner.parts
     arguments: dict[str, Any] = {}
     if model.kind == "unet2d":
+        refuse_for_unet2d(parts)
         arguments["time_embedding_dim"] = model.time_embedding_dim
-    if conditioner.kind == "class_label":
-        arguments["num_class_embeds"] = conditioner.num_classes + 1  # the last one is "no class"
-    elif conditioner.kind == "pooled_text" and model.kind == "unet2d":
-        if model.time_embedding_dim not in (None, conditioner.width):
+    form, size = class_embedding_for(parts) or (None, 0)
+    if form == "index":
+        arguments["num_class_embeds"] = size
+    elif form == "vector" and model.kind == "unet2d":
+        # Added as it is to the time embedding, which must then be as wide; a UNet2DConditionModel learns a projection.
+        if model.time_embedding_dim not in (None, size):
             raise ConfigError(
-                f"model.time_embedding_dim must be the width of the pooled text, {conditioner.width}, which is added "
+                f"model.time_embedding_dim must be the width of the pooled text, {size}, which is added "
                 f"to the time embedding, got {model.time_embedding_dim}: leave it unset"
             )
-        arguments |= {"class_embed_type": "identity", "time_embedding_dim": conditioner.width}
-    elif conditioner.kind == "pooled_text":
-        arguments |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": conditioner.width}
-    elif conditioner.kind == "text":
-        arguments["cross_attention_dim"] = conditioner.width
+        arguments |= {"class_embed_type": "identity", "time_embedding_dim": size}
+    elif form == "vector":
+        arguments |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": size}
+    if added := added_embedding_for(parts):
+        arguments |= {"addition_embed_type": "text_time", "addition_time_embed_dim": TIME_ID_WIDTH}
+        arguments["projection_class_embeddings_input_dim"] = added
+    if "text" in parts:
+        arguments["cross_attention_dim"] = parts["text"].width
     return arguments
 
 
@@ -196,12 +234,12 @@ def _check_attention(model: Any, conditioner: Conditioner) -> None:
     """Cross-attention exists exactly if there is a text sequence to attend to."""
     middle = (model.mid_block_type,) if model.kind == "unet2d_condition" else ()
     crossing = [b for b in (*model.down_block_types, *middle, *model.up_block_types) if "CrossAttn" in b]
-    if crossing and conditioner.kind != "text":
+    if crossing and "text" not in conditioner.parts:
         raise ConfigError(
             f"model: {crossing[0]} reads a text sequence, but conditioning.kind is {conditioner.kind}: use blocks "
             "without CrossAttn (DownBlock2D, UpBlock2D, mid_block_type UNetMidBlock2D), or conditioning.kind text"
         )
-    if conditioner.kind == "text" and not crossing:
+    if "text" in conditioner.parts and not crossing:
         raise ConfigError(
             "conditioning.kind text needs cross-attention to read the text with, and the model has none: use "
             "model.kind unet2d_condition with CrossAttnDownBlock2D and CrossAttnUpBlock2D"
@@ -232,79 +270,10 @@ def _pretrained(cfg: TrainConfig, space: Space, conditioner: Conditioner) -> UNe
             f"only {' and '.join(classes)} can be trained"
         )
     unet = load_pretrained(classes[name], model.pretrained_model_name_or_path, variant=model.variant, **place)
-    _check_channels(unet, space, cfg.objective.out_channels_factor)
-    _check_pretrained(unet, space, conditioner)
+    check_channels(unet, space, conditioner.parts, cfg.objective.out_channels_factor)
+    check_conditions(unet, conditioner)
     _check_side(len(unet.config.block_out_channels), space)
     # The exported pipelines take the size of their images from here. The version is ours from now on: for UNets of
     # versions before 0.9, such as Stable Diffusion 1.x, StableDiffusionPipeline would put 64 over smaller sizes.
     unet.register_to_config(sample_size=space.size, _diffusers_version=diffusers.__version__)
     return unet.train()
-
-
-def _check_channels(unet: UNet, space: Space, factor: int) -> None:
-    if unet.config.in_channels != space.channels:
-        raise ConfigError(
-            f"the pretrained UNet has in_channels {unet.config.in_channels}, x0 has {space.channels} channels: set "
-            "space and data.channels to what it was trained on"
-        )
-    if unet.config.out_channels != space.channels * factor:
-        raise ConfigError(
-            f"the pretrained UNet has out_channels {unet.config.out_channels}, the objective needs "
-            f"{space.channels * factor}: twice the channels of x0 go with objective.variance learned_range, as many "
-            "with any other"
-        )
-
-
-def _check_pretrained(unet: UNet, space: Space, conditioner: Conditioner) -> None:
-    config, where = unet.config, "the pretrained UNet"
-    for further in ("addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "time_cond_proj_dim"):
-        if config.get(further) is not None:
-            raise ConfigError(f"{where} has {further} {config[further]}, a condition that this version cannot give it")
-    if config.time_embedding_type != "positional":
-        raise ConfigError(f"{where} has time_embedding_type {config.time_embedding_type}, only positional is supported")
-    has, needs = _class_embedding(unet), _class_embedding_for(conditioner)
-    if has != needs:
-        raise ConfigError(
-            f"{where} has {_in_words(has)}, conditioning.kind {conditioner.kind} needs {_in_words(needs)}: choose the "
-            "conditioning (and num_classes or text encoder) that it was trained with"
-        )
-    crosses = isinstance(unet, UNet2DConditionModel) and any("attn2" in n for n, _ in unet.named_modules())
-    if crosses != (conditioner.kind == "text"):
-        raise ConfigError(
-            f"{where} {'has' if crosses else 'has no'} cross-attention, conditioning.kind is {conditioner.kind}: "
-            f"{'use text' if crosses else 'use another kind'}"
-        )
-    if crosses:
-        widths = config.cross_attention_dim
-        widths = {widths} if isinstance(widths, int) else set(widths)
-        if widths != {conditioner.width}:
-            raise ConfigError(
-                f"{where} reads text of width {', '.join(map(str, widths))} (cross_attention_dim), the text encoder's "
-                f"is {conditioner.width}: use the text encoder that it was trained with"
-            )
-
-
-def _class_embedding(unet: UNet) -> tuple[str, int] | None:
-    """What class_labels must be: ("index", number of embeddings), ("vector", width), or None."""
-    config = unet.config
-    if config.class_embed_type is None:
-        return None if config.num_class_embeds is None else ("index", config.num_class_embeds)
-    if config.class_embed_type == "identity":
-        return "vector", config.time_embedding_dim or config.block_out_channels[0] * 4
-    if config.class_embed_type in ("projection", "simple_projection"):
-        return "vector", config.projection_class_embeddings_input_dim
-    return config.class_embed_type, 1
-
-
-def _class_embedding_for(conditioner: Conditioner) -> tuple[str, int] | None:
-    if conditioner.kind == "class_label":
-        return "index", conditioner.num_classes + 1
-    return ("vector", conditioner.width) if conditioner.kind == "pooled_text" else None
-
-
-def _in_words(embedding: tuple[str, int] | None) -> str:
-    if embedding is None:
-        return "no class embedding"
-    form, size = embedding
-    words = {"index": f"{size} class embeddings (the last: no class)", "vector": f"a class vector of width {size}"}
-    return words.get(form, f"a class embedding of type {form}")

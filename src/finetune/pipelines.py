@@ -24,11 +24,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from finetune import guidance
 from finetune.autoguidance import load_guide
-from finetune.conditioning import ClassLabel, Condition, Conditioner, PooledText, TextSequence, Unconditional
+from finetune.conditioning import Conditioner
+from finetune.conditions import Condition
 from finetune.config import TrainConfig
 from finetune.config_sample import Sampling
 from finetune.errors import ConfigError
 from finetune.models import UNet, bind
+from finetune.pipeline_conditions import condition_settings, conditioner_of, kinds_of, text_modules, wanted_of
 from finetune.sampling import Generators, Sampler, overridden
 from finetune.schedulers import ODE_SCHEDULERS, is_stock, sampling_scheduler, stable_diffusion_steps_so
 from finetune.space import LatentSpace, PixelSpace, Space
@@ -38,13 +40,13 @@ SETTINGS = tuple(each.name for each in fields(Sampling))
 
 
 class UNetPipeline(DiffusionPipeline):
-    """Images from a UNet2DModel or UNet2DConditionModel, in pixels or latents, by class, by text or unconditional.
+    """Images from a UNet2DModel or UNet2DConditionModel, in pixels or latents, by any of the conditions, or by none.
 
-    The condition and the unconditional case are made by the very classes that made them in training.
+    The conditions and the unconditional case are made by the very classes that made them in training.
     """
 
-    model_cpu_offload_seq = "text_encoder->guide->unet->vae"
-    _optional_components = ["vae", "text_encoder", "tokenizer", "guide"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->guide->unet->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "guide"]
 
     def __init__(
         self,
@@ -53,11 +55,16 @@ class UNetPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
+        text_encoder_2: CLIPTextModel | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
         guide: UNet2DModel | UNet2DConditionModel | None = None,
         conditioning: str = "none",
         num_classes: int | None = None,
         class_names: list[str] | None = None,
         solver: str = "euler",
+        zero_nulls: str = "",
+        dropped: str | None = None,
+        low_res_side: int | None = None,
         trained_respacing: str | None = None,
         rescale_timesteps: bool = False,
         num_inference_steps: int | None = None,
@@ -71,20 +78,27 @@ class UNetPipeline(DiffusionPipeline):
         guidance_rescale: float = 0.0,
         guidance_interval: list[float] | None = None,
     ) -> None:
-        """conditioning: none, class_label, pooled_text or text. guide: the weaker network of autoguidance.
+        """conditioning: none, or class_label, pooled_text, text, low_res, size joined by "+". text_encoder_2,
+        tokenizer_2: of the pooled text, if it has its own. guide: the weaker network of autoguidance. zero_nulls: the
+        conditions whose absence is zero, not an index or the empty prompt; dropped: those that training dropped, which
+        guidance extrapolates from (unset: all); both joined by "+". low_res_side: of the small image.
 
         solver: euler or heun, with a scheduler of EDM or rectified flow; the others are their own solvers.
         trained_respacing, rescale_timesteps: as in the objective. The rest are the defaults of the call's arguments of
         these names (config_sample.Sampling).
         """
         super().__init__()
-        parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "guide": guide}
-        self.register_modules(unet=unet, scheduler=scheduler, **parts)
+        text = {"text_encoder": text_encoder, "tokenizer": tokenizer}
+        text |= {"text_encoder_2": text_encoder_2, "tokenizer_2": tokenizer_2}
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide=guide, **text)
         self.register_to_config(
             conditioning=conditioning,
             num_classes=num_classes,
             class_names=class_names,
             solver=solver,
+            zero_nulls=zero_nulls,
+            dropped=dropped,
+            low_res_side=low_res_side,
             trained_respacing=trained_respacing,
             rescale_timesteps=rescale_timesteps,
             num_inference_steps=num_inference_steps,
@@ -105,6 +119,11 @@ class UNetPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         class_labels: int | Sequence[int] | None = None,
         *,
+        image: Any = None,
+        noise_augmentation: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -112,7 +131,11 @@ class UNetPipeline(DiffusionPipeline):
         output_type: str = "pil",
         **further: Any,
     ) -> ImagePipelineOutput:
-        """Draw one image per prompt or class label; a single one, or none at all, is drawn batch_size times (once).
+        """Draw one image per prompt, class label or small image; a single one, or none, is drawn batch_size times.
+
+        image: of super-resolution, as `pipeline_conditions.small_images` takes them; noise_augmentation: std of noise
+        added to them. original_size, target_size (height, width; unset: those of the image drawn),
+        crops_coords_top_left (unset: (0, 0)): as in StableDiffusionXLPipeline.
 
         guidance_scale s: weak + s (strong - weak), so 1 is no guidance (Ho & Salimans 2022 call it 1 + w); weak is the
         unconditional case, or the guide with the condition if there is one. generator: one, or one per image, which
@@ -120,7 +143,9 @@ class UNetPipeline(DiffusionPipeline):
         before it is decoded. further: the other settings of config_sample.Sampling, such as eta. What is not given is
         as in the pipeline's config. Raises ConfigError for arguments that contradict the pipeline or each other.
         """
-        wanted, n = self._wanted(prompt, class_labels, batch_size)
+        given = {"prompt": prompt, "class_labels": class_labels, "image": image}
+        sizes = (original_size, crops_coords_top_left, target_size)
+        wanted, n = wanted_of(self, given, sizes, batch_size, noise=noise_augmentation, generator=generator)
         sampler = self.sampler(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **further)
         settings, space = sampler.settings, self.space()
         if output_type not in ("pil", "pt", "np", "latent"):
@@ -162,45 +187,15 @@ class UNetPipeline(DiffusionPipeline):
         """The space of the UNet's x0."""
         size = self.unet.config.sample_size
         if self.vae is None:
-            return PixelSpace(channels=self.unet.config.in_channels, size=size)
+            low_res = "low_res" in kinds_of(self)
+            return PixelSpace(channels=self.unet.config.in_channels // (1 + low_res), size=size)
         return LatentSpace(self.vae, size=size)
 
     def conditioner(self) -> Conditioner:
-        """What turns prompts or class labels into the UNet's arguments, as in training."""
-        match self.config.conditioning:
-            case "none":
-                return Unconditional()
-            case "class_label":
-                return ClassLabel(self.config.num_classes, device=self._execution_device)
-            case "pooled_text":
-                return PooledText(self.text_encoder, self.tokenizer)
-            case "text":
-                return TextSequence(self.text_encoder, self.tokenizer)
-        kinds = "none, class_label, pooled_text or text"
-        raise ConfigError(f"conditioning must be {kinds}, got {self.config.conditioning}")
+        """What turns prompts, class labels and the like into the UNet's arguments, as in training."""
+        return conditioner_of(self)
 
-    def _wanted(self, prompt: Any, class_labels: Any, batch_size: int | None) -> tuple[list | None, int]:
-        """The prompts or labels, one per image, and the number of images."""
-        takes = {"none": None, "class_label": "class_labels"}.get(self.config.conditioning, "prompt")
-        for name, value in (("prompt", prompt), ("class_labels", class_labels)):
-            if value is not None and name != takes:
-                raise ConfigError(f"this pipeline takes {takes or 'no condition'} (conditioning "
-                                  f"{self.config.conditioning}), not {name}: leave it out")  # fmt: skip
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        if takes is None:
-            return None, batch_size or 1
-        given = prompt if takes == "prompt" else class_labels
-        if given is None:
-            raise ConfigError(f"this pipeline needs {takes} (conditioning {self.config.conditioning})")
-        if isinstance(given, str | int):
-            return [given] * (batch_size or 1), batch_size or 1
-        given = list(given)
-        if not given or batch_size not in (None, len(given)):
-            raise ConfigError(f"batch_size ({batch_size}) must be the number of {takes} ({len(given)}), at least 1")
-        return given, len(given)
-
-    def _guided(self, wanted: list | None, n: int, settings: Sampling) -> guidance.Guided:
+    def _guided(self, wanted: Any, n: int, settings: Sampling) -> guidance.Guided:
         """The network under the condition, guided as the settings say."""
         conditioner, scale = self.conditioner(), settings.guidance_scale
         condition = conditioner.unconditional(n) if wanted is None else conditioner.condition(wanted)
@@ -210,7 +205,7 @@ class UNetPipeline(DiffusionPipeline):
         if self.guide is not None:
             pair = guidance.two(self._network(self.guide, condition), alone)
         else:
-            unconditional = conditioner.unconditional(n)
+            unconditional = conditioner.guided_from(condition)
             if scale == 0:
                 return guidance.unguided(self._network(self.unet, unconditional))
             both = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}
@@ -255,9 +250,7 @@ def build_pipeline(
     """
     sampler = sampling_scheduler(scheduler, cfg, space)
     stock = is_stock(sampler, cfg)
-    text: dict[str, Any] = {}
-    if isinstance(conditioner, PooledText | TextSequence):
-        text = {"text_encoder": conditioner.text_encoder, "tokenizer": conditioner.tokenizer}
+    text = text_modules(conditioner)
     if stock and _is_unconditional(unet, space, conditioner):
         # They neither scale the model's input nor the first noise, so they are right for these two schedulers alone.
         if cfg.sampler == "ddpm":
@@ -274,9 +267,6 @@ def build_pipeline(
             requires_safety_checker=False,
             **text,
         )
-    is_class = isinstance(conditioner, ClassLabel)
-    if is_class:
-        conditioner.condition(cfg.sample.class_labels)  # refuses a label that is no class
     if guide is None and cfg.sample.autoguidance is not None:
         guide = load_guide(cfg.sample.autoguidance, unet)
     pipeline = UNetPipeline(
@@ -284,11 +274,9 @@ def build_pipeline(
         scheduler=sampler,
         vae=space.vae if isinstance(space, LatentSpace) else None,
         guide=guide,
-        conditioning=conditioner.kind,
-        num_classes=conditioner.num_classes if is_class else None,
-        class_names=list(conditioner.class_names) if is_class and conditioner.class_names else None,
         **text,
         **_sampling(cfg),
+        **condition_settings(conditioner, cfg),
     )
     pipeline.sampler().check()
     return pipeline
@@ -314,5 +302,7 @@ def _is_unconditional(unet: UNet, space: Space, conditioner: Conditioner) -> boo
 def _is_stable_diffusion(unet: UNet, space: Space, conditioner: Conditioner) -> bool:
     """Whether StableDiffusionPipeline would sample what was trained: it has no shift and wants sides divisible by 8."""
     if not (isinstance(unet, UNet2DConditionModel) and isinstance(space, LatentSpace) and conditioner.kind == "text"):
+        return False
+    if conditioner.parts["text"].null != "empty_prompt":
         return False
     return not space.vae.config.shift_factor and space.size * space.factor % 8 == 0

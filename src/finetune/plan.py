@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from finetune.config import TrainConfig
+from finetune.config_choices import conditions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,9 +88,14 @@ def classes_line(facts: Mapping[str, Any], *, most: int = 8) -> str:
 
 def conditioning_line(cfg: TrainConfig) -> str:
     """Kind and dropout."""
-    if cfg.conditioning.kind == "none":
+    parts = conditions(cfg.conditioning)
+    if not parts:
         return "none"
-    return f"{cfg.conditioning.kind}, dropped for {cfg.conditioning.condition_dropout:.4g} of the samples"
+    if len(parts) == 1:
+        [(kind, part)] = parts.items()
+        return f"{kind}, dropped for {part.condition_dropout:.4g} of the samples"
+    rates = ", ".join(f"{kind} ({part.condition_dropout:.4g})" for kind, part in parts.items())
+    return f"{rates} by the share of samples that each is dropped for, {cfg.conditioning.dropout_draws} draws"
 
 
 def model_line(unet: nn.Module, frozen: int) -> str:

@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import sys
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -28,6 +29,7 @@ SOURCES = (
     ("space", "vae"),
     ("conditioning", "text_encoder"),
     ("conditioning", "tokenizer"),
+    *[("conditioning", of, name) for of in ("pooled_text", "text") for name in ("text_encoder", "tokenizer")],
     ("model", "pretrained_model_name_or_path"),
     ("sample", "autoguidance"),
 )
@@ -118,9 +120,10 @@ def public_name(name: str) -> str:
 def published_config(cfg: TrainConfig) -> TrainConfig:
     """`cfg` for others: local paths are reduced to their last part, everything else is the same."""
     values = dataclasses.asdict(cfg)
-    for section, name in SOURCES:
-        if value := values[section].get(name):
-            values[section][name] = public_name(value)
+    for *sections, name in SOURCES:
+        within = reduce(lambda at, section: at.get(section) or {}, sections, values)
+        if value := within.get(name):
+            within[name] = public_name(value)
     if cfg.data.train_data_dir:
         values["data"]["train_data_dir"] = _last_part(cfg.data.train_data_dir)
     if cfg.resume_from_checkpoint != "latest":

@@ -26,6 +26,8 @@ class Row:
     path: str | None
     captions: tuple[Any, ...]
     label: Any
+    small: Row | None = None
+    """Its small image, as a row of an image only."""
 
     @property
     def name(self) -> str:
@@ -47,6 +49,10 @@ class Rows:
     class_names: tuple[str, ...] | None
     class_index: dict[str, int] | None
     """Index of each class name; None if the column holds the indices themselves."""
+    low_res_column: str | None = None
+    """The column of the small images of super-resolution."""
+    label_from_filename: bool = False
+    """Whether a class is named by the image's file name, up to its first "_", and label_column is of no account."""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -54,14 +60,24 @@ class Rows:
     def read(self, numbers: Sequence[int]) -> list[Row]:
         """Read rows by number, without opening the files that they name."""
         table = self.dataset[[int(number) for number in numbers]]
-        images = [image or {"bytes": None, "path": None} for image in table[self.image_column]]
+        nothing = {"bytes": None, "path": None}
+        images = [image or nothing for image in table[self.image_column]]
+        small = [None] * len(images)
+        if self.low_res_column:
+            of = (image or nothing for image in table[self.low_res_column])
+            small = [
+                Row(number=int(number), content=image["bytes"], path=image["path"], captions=(), label=None)
+                for number, image in zip(numbers, of, strict=True)
+            ]
         captions = [()] * len(images)
         if self.caption_columns:
             captions = list(zip(*(table[column] for column in self.caption_columns), strict=True))
         labels = table[self.label_column] if self.label_column else [None] * len(images)
+        if self.label_from_filename:
+            labels = [_class_of(image["path"]) for image in images]
         return [
-            Row(number=int(number), content=image["bytes"], path=image["path"], captions=cells, label=label)
-            for number, image, cells, label in zip(numbers, images, captions, labels, strict=True)
+            Row(number=int(n), content=image["bytes"], path=image["path"], captions=cells, label=label, small=other)
+            for n, image, cells, label, other in zip(numbers, images, captions, labels, small, strict=True)
         ]
 
     def file(self, row: Row) -> str | None:
@@ -108,7 +124,7 @@ class Rows:
 
     def label(self, row: Row) -> int | None:
         """The index into class_names; None if labels are not used. Raises BadRow."""
-        if self.label_column is None:
+        if self.class_names is None:
             return None
         if row.label is None or row.label == -1:  # -1 is how datasets' ClassLabel says "not labelled"
             raise BadRow(f"has no label: column {self.label_column!r} is {row.label!r}")
@@ -117,13 +133,14 @@ class Rows:
             raise BadRow(f"has the label {label}, but there are {len(self.class_names)} classes")
         return label
 
-    def digest(self, row: Row, content: bytes) -> bytes:
-        """16 bytes that identify the image, captions and label of a usable row, wherever they are stored."""
+    def digest(self, row: Row, content: bytes, small: bytes = b"") -> bytes:
+        """16 bytes that identify the images, captions and label of a usable row, wherever they are stored."""
         label = self.label(row)
         name = None if label is None else self.class_names[label]
         words = repr((self.captions(row), label, name)).encode()
         head = len(words).to_bytes(8, "little")
-        return hashlib.blake2b(head + words + hashlib.blake2b(content).digest(), digest_size=16).digest()
+        images = b"".join(hashlib.blake2b(image).digest() for image in (content, small) if image)
+        return hashlib.blake2b(head + words + images, digest_size=16).digest()
 
 
 def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows:
@@ -141,23 +158,55 @@ def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows
         for column in caption_columns:
             _require(source, column, "data.caption_column", remedy)
         columns += caption_columns
+    if data.low_res_column:
+        remedy = "set it to the column that holds the small images, or unset it to make them from the large ones"
+        _require(source, data.low_res_column, "data.low_res_column", remedy)
+        columns.append(data.low_res_column)
     class_names, class_index = None, None
-    if labels:
+    named_by_file = labels and data.label_from_filename
+    if labels and not named_by_file:
         remedy = "set it to the column that holds the labels; in a folder of images, give each class its sub-folder"
         _require(source, data.label_column, "data.label_column", remedy)
         class_names, named = _classes(dataset, data.label_column, source.name)
         class_index = {name: index for index, name in enumerate(class_names)} if named else None
         columns.append(data.label_column)
     dataset = dataset.with_format(None).select_columns(list(dict.fromkeys(columns)))
+    for column in filter(None, (data.image_column, data.low_res_column)):
+        dataset = with_encoded_images(dataset, column, source.name)
+    if named_by_file:
+        class_names = _classes_of_files(dataset, data.image_column, source.name)
+        class_index = {name: index for index, name in enumerate(class_names)}
     return Rows(
-        dataset=with_encoded_images(dataset, data.image_column, source.name),
+        dataset=dataset,
         folders=source.folders,
         image_column=data.image_column,
         caption_columns=caption_columns,
-        label_column=data.label_column if labels else None,
+        label_column=data.label_column if labels and not named_by_file else None,
         class_names=class_names,
         class_index=class_index,
+        low_res_column=data.low_res_column,
+        label_from_filename=named_by_file,
     )
+
+
+def _class_of(path: str | None) -> str | None:
+    """cat_001.png -> cat, as in improved-diffusion; None without a "_"."""
+    name, found, _ = os.path.basename(path or "").partition("_")
+    return name if found else None
+
+
+def _classes_of_files(dataset: Dataset, column: str, name: str) -> tuple[str, ...]:
+    """The classes that the file names begin with, sorted."""
+    classes: set[str] = set()
+    for table in dataset.select_columns([column]).with_format("arrow").iter(1000):
+        for path in table[column].combine_chunks().field("path").to_pylist():
+            if (found := _class_of(path)) is None:
+                raise DataError(
+                    f"data.label_from_filename takes the class from the file name before its first '_', but {name} has "
+                    f"an image {path!r}: rename it to CLASS_name, or use data.label_column"
+                )
+            classes.add(found)
+    return tuple(sorted(classes))
 
 
 def _require(source: Source, column: str, setting: str, remedy: str) -> None:

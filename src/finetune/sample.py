@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config_sample import SAMPLERS
 from finetune.errors import ConfigError
-from finetune.grids import grid
+from finetune.grids import grid, image_files, read_images, small_of, triples
 from finetune.pretrained import resolve_source
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
+    from torch import Tensor
 
+    from finetune.batching import Batch
     from finetune.config import TrainConfig
 
 FURTHER = ("respacing", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "guidance_rescale", "guidance_interval")
@@ -33,6 +35,7 @@ def generate(
     seed: int,
     prompts: Sequence[str] | None = None,
     class_labels: Sequence[int] | None = None,
+    images: Sequence[Image] | Tensor | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
@@ -41,30 +44,25 @@ def generate(
     """Draw num_images images from a UNetPipeline or a stock DDPM, DDIM or StableDiffusion pipeline.
 
     Image i takes all its noise from a CPU generator seeded with seed + i, so it does not depend on batch_size, on the
-    other images or on the device, and torch's global random state is not touched. Prompts or class labels are repeated
-    to fill num_images; without labels, a class-conditional pipeline draws each class in turn. num_inference_steps,
-    guidance_scale: unset for the pipeline's own. further: those of FURTHER, for a UNetPipeline. Raises ConfigError for
-    what the pipeline cannot take.
+    other images or on the device, and torch's global random state is not touched. Prompts, class labels and images (the
+    small ones of super-resolution: PIL, or [n, C, H, W] in [0, 1]) are repeated to fill num_images; without labels, a
+    class-conditional pipeline draws each class in turn. num_inference_steps, guidance_scale: unset for the pipeline's
+    own. further: those of FURTHER, for a UNetPipeline. Raises ConfigError for what the pipeline cannot take.
     """
     import torch
 
     if num_images < 1:
         raise ConfigError(f"num_images must be at least 1, got {num_images}")
-    wanted = wanted_conditions(pipeline, num_images, prompts=prompts, class_labels=class_labels)
+    wanted = wanted_conditions(pipeline, num_images, prompts=prompts, class_labels=class_labels, images=images)
     options = _options(pipeline, num_inference_steps, guidance_scale, further)
     batch_size = batch_size or batch_for(pipeline)
-    images: list[Image] = []
+    drawn: list[Image] = []
     for start in range(0, num_images, batch_size):
         n = min(batch_size, num_images - start)
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(n)]
-        if wanted is None:
-            given: dict[str, Any] = {"batch_size": n}
-        elif isinstance(wanted[0], str):
-            given = {"prompt": wanted[start : start + n]}
-        else:
-            given = {"class_labels": wanted[start : start + n]}
-        images += pipeline(**given, **options, generator=generators).images
-    return images
+        given: dict[str, Any] = {name: values[start : start + n] for name, values in wanted.items()}
+        drawn += pipeline(**(given or {"batch_size": n}), **options, generator=generators).images
+    return drawn
 
 
 def wanted_conditions(
@@ -73,31 +71,41 @@ def wanted_conditions(
     *,
     prompts: Sequence[str] | None = None,
     class_labels: Sequence[int] | None = None,
-) -> list[str] | list[int] | None:
-    """The prompt or class label of each image, repeated to num_images; None if the pipeline is unconditional."""
+    images: Sequence[Image] | Tensor | None = None,
+) -> dict[str, list]:
+    """What the pipeline's call takes per image, repeated to num_images: prompt, class_labels and image, or nothing."""
     kind = conditioning_of(pipeline)
-    if prompts and kind not in ("text", "pooled_text"):
+    kinds = set(kind.split("+"))
+    if prompts and not kinds & {"text", "pooled_text"}:
         raise ConfigError(f"this pipeline takes no prompts (conditioning {kind}): leave them out")
-    if class_labels and kind != "class_label":
+    if class_labels and "class_label" not in kinds:
         raise ConfigError(f"this pipeline takes no class labels (conditioning {kind}): leave them out")
-    if kind == "none":
-        return None
-    given = list(class_labels or range(pipeline.config.num_classes)) if kind == "class_label" else list(prompts or ())
-    if not given:
-        raise ConfigError("this pipeline draws from text: give at least one prompt")
-    return [given[i % len(given)] for i in range(num_images)]
+    if images is not None and "low_res" not in kinds:
+        raise ConfigError(f"this pipeline takes no images (conditioning {kind}): leave them out")
+    given: dict[str, list] = {}
+    if "class_label" in kinds:
+        given["class_labels"] = list(class_labels or range(pipeline.config.num_classes))
+    if kinds & {"text", "pooled_text"}:
+        given["prompt"] = list(prompts or ())
+        if not prompts:
+            raise ConfigError("this pipeline draws from text: give at least one prompt")
+    if "low_res" in kinds:
+        given["image"] = [] if images is None else list(images)
+        if not given["image"]:
+            raise ConfigError("this pipeline enlarges images: give at least one")
+    return {name: [values[i % len(values)] for i in range(num_images)] for name, values in given.items()}
 
 
-def captions_of(pipeline: DiffusionPipeline, wanted: Sequence[str] | Sequence[int] | None) -> list[str] | None:
-    """What to write under each image: its prompt, its class name or number, or nothing."""
-    if wanted is None:
-        return None
-    names = pipeline.config.class_names if conditioning_of(pipeline) == "class_label" else None
-    return [names[each] if names else str(each) for each in wanted]
+def captions_of(pipeline: DiffusionPipeline, wanted: Mapping[str, list]) -> list[str] | None:
+    """What to write under each image: its class name or number, its prompt, both, or nothing."""
+    names = pipeline.config.class_names if "class_labels" in wanted else None
+    labels = [[names[each] if names else str(each) for each in wanted.get("class_labels", ())]]
+    lines = [each for each in (*labels, wanted.get("prompt", [])) if each]
+    return [", ".join(parts) for parts in zip(*lines, strict=True)] if lines else None
 
 
 def conditioning_of(pipeline: DiffusionPipeline) -> str:
-    """none, class_label, pooled_text or text. Raises ConfigError for a pipeline that this package cannot draw from."""
+    """none, or the conditions joined by "+". Raises ConfigError for a pipeline that this package cannot draw from."""
     name = type(pipeline).__name__
     if name == "UNetPipeline":
         return pipeline.config.conditioning
@@ -146,25 +154,34 @@ def _options(
     return options
 
 
-def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path) -> None:
+def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, shown: Batch | None = None) -> None:
     """Draw the images that cfg.sample asks for and write them to `path` as one labelled grid.
 
-    pipeline: that of build_pipeline for this cfg.
+    pipeline: that of build_pipeline for this cfg. shown: of super-resolution, training samples to enlarge by their own
+    captions and classes; each is then small image, drawn image and truth, side by side.
     """
     section, ours = cfg.sample, type(pipeline).__name__ == "UNetPipeline"  # which has the settings itself
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
-    given = {"prompts": section.prompts, "class_labels": section.class_labels}
+    given: dict[str, Any] = {"prompts": section.prompts, "class_labels": section.class_labels}
+    if shown is not None:
+        small = small_of(pipeline, shown)
+        labels_of = None if shown.class_labels is None else shown.class_labels.tolist()
+        given = {"prompts": shown.captions, "class_labels": labels_of, "images": (small / 2 + 0.5).clamp(0, 1)}
     images = generate(
         pipeline,
-        num_images=section.num_images,
+        num_images=section.num_images if shown is None else len(shown),
         seed=section.sample_seed,
         num_inference_steps=None if ours else cfg.sampling_steps,
         guidance_scale=None if ours else section.guidance_scale,
         **given,
     )
-    labels = captions_of(pipeline, wanted_conditions(pipeline, section.num_images, **given))
+    labels = captions_of(pipeline, wanted_conditions(pipeline, len(images), **given))
+    columns = _columns(labels)
+    if shown is not None:
+        images, columns = triples(small, images, shown.pixel_values), 6
+        labels = [text for label in labels or [""] * len(small) for text in ("small", label or "drawn", "truth")]
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid(images, labels, columns=_columns(labels)).save(path)
+    grid(images, labels, columns=columns).save(path)
 
 
 def _columns(labels: Sequence[str] | None) -> int | None:
@@ -240,7 +257,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder: 0000.png, ... and grid.png")
     parser.add_argument("--prompt", nargs="+", action="extend", default=[], help="one or several prompts")
     parser.add_argument("--class_label", nargs="+", action="extend", default=[], help="class numbers or names")
-    parser.add_argument("--num_images", type=int, help=f"default: one per prompt or label, else {DEFAULT_IMAGES}")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], type=Path,
+                        metavar="FILE_OR_DIR", help="small images to enlarge (super-resolution)")  # fmt: skip
+    parser.add_argument("--num_images", type=int, help=f"default: one per prompt, label or image, or {DEFAULT_IMAGES}")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next take the next seeds")
     parser.add_argument("--steps", type=int, help="sampling steps; default: the pipeline's, or the run's")
     parser.add_argument("--guidance_scale", type=float, help="1 is none; default: the pipeline's, or the run's")
@@ -267,11 +286,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ConfigError(f"--seed must be at least 0, got {args.seed}")
     if args.guidance_scale is not None and not (args.guidance_scale >= 0 and math.isfinite(args.guidance_scale)):
         raise ConfigError(f"--guidance_scale must be at least 0, got {args.guidance_scale}")
-    given = len(args.prompt) or len(args.class_label)
+    args.image = image_files(args.image)
+    given = max(len(args.prompt), len(args.class_label), len(args.image))
     if args.num_images is not None and args.num_images < given:
-        raise ConfigError(f"--num_images {args.num_images} is less than the {given} prompts or labels: raise it")
-    if args.prompt and args.class_label:
-        raise ConfigError("--prompt and --class_label exclude each other: give one of them")
+        raise ConfigError(f"--num_images {args.num_images} is less than the {given} prompts, labels or images: raise "
+                          "it")  # fmt: skip
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"--out {args.out} is a file or not empty: name a new folder")
     return args
@@ -281,7 +300,7 @@ def _labels(pipeline: DiffusionPipeline, words: list[str]) -> list[int] | None:
     """Class labels from numbers or class names."""
     if not words:
         return None
-    if conditioning_of(pipeline) != "class_label":
+    if "class_label" not in conditioning_of(pipeline).split("+"):
         raise ConfigError(f"this pipeline takes no class labels (conditioning {conditioning_of(pipeline)})")
     names = list(pipeline.config.class_names or ())
     if unknown := [word for word in words if word not in names and not word.isdecimal()]:
@@ -319,8 +338,9 @@ def sample_main(argv: list[str] | None = None) -> None:
         defaults.pop("num_inference_steps", None)
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     pipeline.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    given = {"prompts": args.prompt, "class_labels": _labels(pipeline, args.class_label)}
-    n = args.num_images or len(args.prompt) or len(args.class_label) or DEFAULT_IMAGES
+    given: dict[str, Any] = {"prompts": args.prompt, "class_labels": _labels(pipeline, args.class_label)}
+    given["images"] = read_images(args.image, pipeline) if args.image else None
+    n = args.num_images or max(len(args.prompt), len(args.class_label), len(args.image)) or DEFAULT_IMAGES
     images = generate(
         pipeline,
         num_images=n,

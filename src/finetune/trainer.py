@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from finetune import checkpoint, sample, tracking
 from finetune.autoguidance import load_guide
-from finetune.batching import Batch, make_loader
+from finetune.batching import Batch, first_batch, make_loader
 from finetune.conditioning import build_conditioner
 from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
@@ -303,7 +303,9 @@ class Trainer:
         """Draw samples/step-N.png (main process; the others wait). Touches no state of the training."""
         if self.accelerator.is_main_process:
             with self.averaged_weights(), self.accelerator.autocast():
-                sample.draw_grid(self.pipeline(), self.cfg, self.sample_path)
+                upscales = "low_res" in self.conditioner.parts
+                shown = first_batch(self.data, self.cfg.sample.num_images) if upscales else None
+                sample.draw_grid(self.pipeline(), self.cfg, self.sample_path, shown)
         self.accelerator.wait_for_everyone()
 
     @property
