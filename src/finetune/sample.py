@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config_sample import SAMPLERS
 from finetune.errors import ConfigError
-from finetune.grids import grid, image_files, read_images, small_of, triples
+from finetune.grids import grid
 from finetune.pretrained import resolve_source
+from finetune.small_images import image_files, read_images, small_of, triples
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
