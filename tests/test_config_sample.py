@@ -95,7 +95,7 @@ def test_the_command_line_takes_the_new_settings():
 
 def test_help_of_sample_is_light():
     code = (
-        "import sys\nfrom finetune.sample import sample_main\n"
+        "import sys\nfrom finetune.sample_command import sample_main\n"
         "try: sample_main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -33,6 +33,7 @@ LAYERS = [
     {"pipeline_conditions", "pipelines"},
     {"conversion"},
     {"sample"},
+    {"sample_command"},
     {"card"},
     {"export"},
     {"trainer", "plan", "posthoc", "evaluate", "measure"},

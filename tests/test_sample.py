@@ -12,7 +12,8 @@ from PIL import Image
 
 from finetune import checkpoint
 from finetune.errors import ConfigError
-from finetune.sample import captions_of, draw_grid, generate, grid, load_pipeline, sample_main, wanted_conditions
+from finetune.sample import captions_of, draw_grid, generate, grid, load_pipeline, wanted_conditions
+from finetune.sample_command import sample_main
 from test_pipelines import pipeline_of
 from tiny_models import PROMPTS, config, parts  # noqa: F401
 
@@ -235,7 +236,7 @@ def command(*words) -> subprocess.CompletedProcess:
 
 def test_command_refuses_before_torch_is_loaded(tmp_path):
     code = (
-        "import sys\nfrom finetune.sample import sample_main\nfrom finetune.errors import ConfigError\n"
+        "import sys\nfrom finetune.sample_command import sample_main\nfrom finetune.errors import ConfigError\n"
         "try: sample_main(sys.argv[1:])\n"
         "except ConfigError as error: print(error); sys.exit('torch' in sys.modules)\n"
     )

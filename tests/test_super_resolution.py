@@ -19,7 +19,8 @@ from finetune.config_io import dump, load_text
 from finetune.data import open_data
 from finetune.errors import ConfigError, DataError
 from finetune.run import train
-from finetune.sample import generate, load_pipeline, sample_main
+from finetune.sample import generate, load_pipeline
+from finetune.sample_command import sample_main
 from finetune.trainer import Trainer
 from tiny_models import CROSS, parts  # noqa: F401
 

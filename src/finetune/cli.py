@@ -100,7 +100,7 @@ def train(argv: list[str]) -> None:
 
 
 def _sample(argv: list[str]) -> None:
-    from finetune.sample import sample_main
+    from finetune.sample_command import sample_main
 
     sample_main(argv)
 

@@ -91,27 +91,13 @@ class UNetPipeline(DiffusionPipeline):
         text = {"text_encoder": text_encoder, "tokenizer": tokenizer}
         text |= {"text_encoder_2": text_encoder_2, "tokenizer_2": tokenizer_2}
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide=guide, **text)
-        self.register_to_config(
-            conditioning=conditioning,
-            num_classes=num_classes,
-            class_names=class_names,
-            solver=solver,
-            zero_nulls=zero_nulls,
-            dropped=dropped,
-            low_res_side=low_res_side,
-            trained_respacing=trained_respacing,
-            rescale_timesteps=rescale_timesteps,
-            num_inference_steps=num_inference_steps,
-            respacing=respacing,
-            eta=eta,
-            s_churn=s_churn,
-            s_tmin=s_tmin,
-            s_tmax=s_tmax,
-            s_noise=s_noise,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-        )
+        self.register_to_config(conditioning=conditioning, num_classes=num_classes, class_names=class_names)
+        self.register_to_config(zero_nulls=zero_nulls, dropped=dropped, low_res_side=low_res_side)
+        self.register_to_config(solver=solver, trained_respacing=trained_respacing, rescale_timesteps=rescale_timesteps)
+        self.register_to_config(num_inference_steps=num_inference_steps, respacing=respacing, eta=eta)
+        self.register_to_config(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+        self.register_to_config(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
+        self.register_to_config(guidance_interval=guidance_interval)
 
     @torch.no_grad()
     def __call__(
