@@ -14,6 +14,7 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from digits_quality import draw, judge
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def train(recipe: str, output_dir: Path) -> dict[str, float]:
-    """Run the recipe from nothing -> seconds and peak_memory_mb."""
+def train(recipe: str, output_dir: Path, options: Sequence[str] = ()) -> dict[str, float]:
+    """Run the recipe, with further options, from nothing -> seconds and peak_memory_mb."""
     shutil.rmtree(output_dir, ignore_errors=True)
     accelerate = ["-m", "accelerate.commands.accelerate_cli", "launch"]
     device = "one_gpu" if torch.cuda.is_available() else "cpu"
@@ -32,7 +33,7 @@ def train(recipe: str, output_dir: Path) -> dict[str, float]:
     recipe_file = f"configs/train/{recipe}.yaml"
     command = [*accelerate, *launcher, "train_unet.py", "--config", recipe_file, "--output_dir", str(output_dir)]
     start = time.perf_counter()
-    child = os.posix_spawn(sys.executable, [sys.executable, *command], os.environ)
+    child = os.posix_spawn(sys.executable, [sys.executable, *command, *options], os.environ)
     _, status, usage = os.wait4(child, 0)  # the usage of the launcher and of the trainer that it waited for
     assert os.waitstatus_to_exitcode(status) == 0, f"{recipe} failed"
     return {"seconds": time.perf_counter() - start, "peak_memory_mb": usage.ru_maxrss / 2**10}

@@ -47,7 +47,7 @@ def compare(reference: str, quantity: str, ours, theirs=None, *, rtol: float = 1
         test = os.environ["PYTEST_CURRENT_TEST"].split("[")[0].split(" (")[0]
         values = {"reference": reference, "quantity": quantity, "count": ours.size, "deviation": deviation}
         with open(path, "a") as file:  # and not a list: some tests compare in processes of their own
-            file.write(json.dumps(values | {"rtol": rtol, "floor": floor, "test": test}) + "\n")
+            file.write(json.dumps(values | {"rtol": rtol, "floor": float(floor), "test": test}) + "\n")
 
 
 def _numbers(values) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Whole runs with several conditions and with small images: trained, resumed by position, exported, drawn from."""
 
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from finetune.run import train
 from finetune.sample import generate, load_pipeline
 from finetune.sample_command import sample_main
 from finetune.trainer import Trainer
+from golden_numbers import arrays, compare
 from tiny_models import CROSS, parts  # noqa: F401
 
 SHORT = {"train": {"max_train_steps": 2}, "checkpoint": {"checkpointing_steps": 2}}
@@ -193,8 +193,8 @@ def test_classes_by_file_name(tmp_path):
 
 
 def test_classes_by_file_name_are_those_of_improved_diffusion(tmp_path):
-    golden = np.load(Path(__file__).parent / "golden" / "iddpm_data.npz")
-    names = [name[2:] for name in golden.files if name.startswith("y_")]
+    golden = arrays("iddpm_data")
+    names = [name[2:] for name in golden if name.startswith("y_")]
     folder = tmp_path / "images"
     folder.mkdir()
     for name in names:
@@ -204,5 +204,5 @@ def test_classes_by_file_name_are_those_of_improved_diffusion(tmp_path):
     data = open_data(replace(cfg, data=type(cfg.data)(**rules)), progress=False)
     for row, sample in zip(data.rows, data.samples(data.rows, [0] * 3), strict=True):
         name = data.table.read([row])[0].path
-        assert sample.label == golden[f"y_{name}"]
-        assert torch.equal(sample.pixels, torch.from_numpy(golden[f"out_{name}"]))
+        compare("iddpm_data", f"y_{name}", sample.label, rtol=0)
+        compare("iddpm_data", f"out_{name}", sample.pixels, rtol=0)
