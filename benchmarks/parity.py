@@ -64,6 +64,7 @@ INPUTS = {
 NOT_OFFERED = [
     ("iddpm_posterior", "xstart_from_xprev_*", "a network that predicts the mean of x_{t-1} (PREVIOUS_X): no scheduler "
      "of diffusers samples it. Its losses, and those of the variance type LEARNED, are compared all the same"),
+    ("iddpm_sampling_step", "p_sample/*_PREVIOUS_X_* p_sample/*_LEARNED_clip*", "the same networks"),
     ("iddpm_resample", "uniform_t", "draws of numpy's global random state: here a draw follows from seed and position"),
     ("sgm_scaling_weighting", "EpsScaling/c_noise VScaling/c_noise", "sigma itself as the network's time; theirs is "
      "used with discrete levels only, where the time is the timestep, as here"),
@@ -73,9 +74,20 @@ NOT_OFFERED = [
     ("sgm_discretization", "ZeroSampler", "a single level of 1e-5: nothing is trained"),
     ("sgm_ema_lr", "LambdaWarmUpCosine2 LambdaLinear", "learning rates in cycles of given lengths and heights, and "
      "ones that start or end other than at 0: diffusers' schedules are used, which have neither"),
+    ("sgm_samplers", "LMS_* DPMPP2SAncestral_* EulerAncestral_edm_10/* EulerAncestral_legacy_10/*_at_call", "linear "
+     "multistep and ancestral DPM-Solver++; the ancestral Euler steps are those of diffusers, for a DDPM"),
+    ("sgm_guiders", "LinearPrediction_* TrianglePrediction_* Trapezoid_* Spatiotemporal_*", "scales by the frame of a "
+     "video"),
+    ("sgm_guiders", "prep_*", "how a batch is doubled there; here it is compared by its results"),
+    ("sgm_conditioner", "legacy_vector", "captions overwritten by draws of numpy's random state; dropping to the empty "
+     "prompt is offered"),
+    ("kdiff_samplers", "lms/* dpm_2/* euler_ancestral/* dpmpp_2s_ancestral/* dpmpp_2m_sde_*/* dpmpp_3m_sde/*",
+     "further samplers; EDM's stochastic one is offered by churn"),
     ("kdiff_schedules", "exponential_10 polyexponential_10_rho2 vp_10", "other grids of levels to sample at"),
     ("kdiff_schedules", "rand_cosine_interpolated_*", "levels interpolated between those of two resolutions: ten lines "
      "as a `kind: custom`, see extending.md"),
+    ("diffusers_0421_pins", "ema_decay_default_0.9999 ema_decay_warmup_3_4_after10",
+     "warm-ups that start late, or whose first update copies before (1 + n) / (10 + n)"),
     ("diffusers_0421_pins", "flow_sigmas_* flow_timesteps_* flow_x_init flow_euler_final_*", "diffusers' grid for "
      "sampling flows, whose lower end is shifted twice; ours is even from 1 to 0 and shifted once"),
 ]  # fmt: skip

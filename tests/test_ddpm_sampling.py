@@ -113,11 +113,12 @@ def test_whole_loops_over_kept_timesteps(key):
     kept = space_timesteps(total, respacing)
     compare("iddpm_sampling_loop", f"{key}/timestep_map", kept, rtol=0)
     process = table(f"{name}_{total}", kept=kept, rescale_timesteps=True)
-    x, rows, seen = torch.tensor(LOOP["x_T"]), count(), []
+    x, rows, seen, xs = torch.tensor(LOOP["x_T"]), count(), [], []
 
     def predict(x, level):
         alpha, sigma, time = process(level)
         seen.append(float(time))
+        xs.append(x)
         output = fake(x, time.float()[0])
         return Prediction("epsilon").x0(x, output[:, :3], alpha, sigma).clamp(-1, 1), output[:, 3:]
 
@@ -127,6 +128,7 @@ def test_whole_loops_over_kept_timesteps(key):
     posterior = Posterior(process, "learned_range")
     final = ddim(predict, x, process, noise=noise) if kind == "ddim" else ancestral(predict, x, posterior, noise)
     close("iddpm_sampling_loop", f"{key}/final", final, 2e-6)  # up to 60 steps in float32
+    close("iddpm_sampling_loop", f"{key}/first", xs[1], 2e-6)
     compare("iddpm_sampling_loop", f"{key}/timesteps_seen_by_model", seen, rtol=1e-7)
     wrong = ancestral(predict, x, Posterior(process, "fixed_large"), lambda: torch.tensor(LOOP["noises"][0]))
     assert np.abs(wrong.numpy() - LOOP[f"{key}/final"]).max() > 1e-3

@@ -57,6 +57,25 @@ def test_golden(golden, file, key, decay, warmup):
     assert np.abs(wrong - numbers[key]).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "cfg"),
+    [
+        ("kdiff_losses", "EMAWarmup_1_0.667", {"ema_power": 2 / 3}),
+        ("diffusers_0421_pins", "ema_decay_warmup_2_3", {"ema_power": 2 / 3}),
+        ("diffusers_0421_pins", "ema_decay_const_0.999", {"ema_max_decay": (0.999,), "ema_warmup": "none"}),
+    ],
+)
+def test_golden_decays(golden, file, key, cfg):
+    """The decay of each update: k-diffusion's EMAWarmup, and EMAModel of diffusers."""
+    decays = []
+    for updates in range(len(golden(file)[key])):
+        ema = Ema({"w": torch.nn.Parameter(torch.zeros(1))}, EmaConfig(use_ema=True, **cfg))
+        ema.updates = updates
+        decays.append(ema.decay(next(iter(ema.averages))))
+    compare(file, key, decays, rtol=1e-6)
+    assert abs(decays[1] - 0.9) > 0.05
+
+
 @pytest.mark.parametrize("run", ["hybrid_full", "hybrid_microbatch"])
 def test_golden_training_loop(golden, run):
     """The averages that improved-diffusion's own loop keeps beside each other, from its initial weights on."""

@@ -52,40 +52,71 @@ def test_sigmas_are_those_of_generative_models():
     compare("sgm_discretization", "EDM_18_smin0.01_smax20_rho5_nozero_flip", other[:-1].flip(0), rtol=2e-6)
 
 
+class Recorded:
+    """The denoiser, and what it was asked: x [calls, B, ...] and sigma [calls]."""
+
+    def __init__(self):
+        self.xs, self.sigmas = [], []
+
+    def __call__(self, x, sigma):
+        self.xs.append(x)
+        self.sigmas.append(float(sigma))
+        return denoise(x, sigma)
+
+
+GOLDEN_SOLVERS = {"euler": ("euler", 1), "heun": ("heun", 2), "dpmsolver++": ("dpmpp_2m", 1)}
+"""Our name, and k-diffusion's; evaluations per step."""
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_steps_are_those_of_k_diffusion(name):
-    sample = SOLVERS[name](denoise, torch.tensor(K["x_start"]), karras_sigmas(10))
-    compare("kdiff_samplers", f"{name}/final", sample, **CLOSE)
-    other = {"euler": "heun", "heun": "euler"}[name]
+    (golden, each), asked = GOLDEN_SOLVERS[name], Recorded()
+    sample = SOLVERS[name](asked, torch.tensor(K["x_start"]), karras_sigmas(10))
+    compare("kdiff_samplers", f"{golden}/final", sample, **CLOSE)
+    compare("kdiff_samplers", f"{golden}/x_at_step", torch.stack(asked.xs[::each]), **CLOSE)
+    other = {"euler": "heun", "heun": "euler", "dpmsolver++": "euler"}[name]
     assert np.abs(sample.numpy() - K[f"{other}/final"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("solver", ["Euler", "Heun"])
-@pytest.mark.parametrize("churned", [False, True])
-def test_steps_are_those_of_generative_models(solver, churned):
-    sigmas, calls = karras_sigmas(10), count()
+@pytest.mark.parametrize(
+    ("solver", "churned"),
+    [("EulerEDM", ""), ("HeunEDM", ""), ("DPMPP2M", ""), ("EulerEDM", "_churn"), ("HeunEDM", "_churn")],
+)
+@pytest.mark.parametrize("grid_", ["edm", "legacy"])
+def test_steps_are_those_of_generative_models(solver, churned, grid_):
+    if f"{solver}_{grid_}_10{churned}/final" not in SGM:
+        assert churned, "there are no numbers of churn on the other grid"
+        return
+    key, calls, asked = f"{solver}_{grid_}_10{churned}", count(), Recorded()
+    sigmas = karras_sigmas(10) if grid_ == "edm" else torch.tensor(arrays("sgm_discretization")["LegacyDDPM_10"])
     x = torch.tensor(SGM["x_init"]) * float((1 + sigmas[0] ** 2).sqrt())
     churn = partial(Churn, noise=lambda: torch.tensor(SGM["noises"][next(calls)]), s_tmin=0.05, s_tmax=50)
     given = {"churn": churn(s_churn=5, s_noise=1.003)} if churned else {}
-    key = f"{solver}EDM_edm_10{'_churn' * churned}/final"
-    sample = SOLVERS[solver.lower()](denoise, x, sigmas, **given)
-    compare("sgm_samplers", key, sample, **CLOSE)
+    solve = SOLVERS[{"EulerEDM": "euler", "HeunEDM": "heun", "DPMPP2M": "dpmsolver++"}[solver]]
+    sample = solve(asked, x, sigmas.double(), **given)
+    compare("sgm_samplers", f"{key}/final", sample, **CLOSE)
+    # They take the root of the difference of two squares in float32, which churn is made of.
+    compare("sgm_samplers", f"{key}/x_at_call", torch.stack(asked.xs), rtol=2e-5 if churned else 2e-6, floor=1.0)
+    compare("sgm_samplers", f"{key}/sigma_at_call", asked.sigmas, rtol=2e-6)
     assert next(calls) > 3 or not churned
 
 
 CHURN = {"s_churn": 5, "s_tmin": 0.05, "s_tmax": 50, "s_noise": 1.003}
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ["euler", "heun"])
 def test_churn_is_that_of_k_diffusion(name):
     rows = count(1)  # it draws at the first step too, and does not use it: sigma 80 is above s_tmax
     churn = Churn(noise=lambda: torch.tensor(K["noises"][next(rows)]), **CHURN)
-    sample = SOLVERS[name](denoise, torch.tensor(K["x_start"]), karras_sigmas(10), churn=churn)
+    asked = Recorded()
+    sample = SOLVERS[name](asked, torch.tensor(K["x_start"]), karras_sigmas(10), churn=churn)
     compare("kdiff_samplers", f"{name}_churn/final", sample, **CLOSE)
+    each = GOLDEN_SOLVERS[name][1]
+    compare("kdiff_samplers", f"{name}_churn/x_at_step", torch.stack(asked.xs[::each]), rtol=2e-5, floor=1.0)
     assert np.abs(sample.numpy() - K[f"{name}/final"]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ["euler", "heun"])
 def test_a_churned_pipeline_draws_the_numbers_of_generative_models(name, monkeypatch):
     """Through the sampler that the pipeline runs, with the preconditioning of EDM around the exact denoiser."""
     scheduler, rows = EDMEulerScheduler(sigma_data=0.5), count()
@@ -142,6 +173,23 @@ def test_orders_of_convergence():
     assert 1.8 < error[euler, 64] / error[euler, 128] < 2.2
     assert 3.4 < error[heun, 64] / error[heun, 128] < 4.6
     assert float(flow_sigmas(10, shift=3)[-2]) == pytest.approx(0.25)  # 3 (0.1) / 1.2: shifted once
+
+
+def test_order_of_dpmsolver():
+    """Second order, with one evaluation per step, on data of N(0.3, 0.5^2), whose flow from sigma 80 is known."""
+    std, x = 0.5, torch.tensor([70.0, -120.0], dtype=torch.float64)
+    truth = 0.3 + (x - 0.3) * std / (std**2 + 80.0**2) ** 0.5
+    error = {}
+    for n in (64, 128, 256):
+        asked = []
+
+        def exact(x, sigma, asked=asked):
+            asked.append(sigma)
+            return (std**2 * x + float(sigma) ** 2 * 0.3) / (std**2 + float(sigma) ** 2)
+
+        error[n] = float((SOLVERS["dpmsolver++"](exact, x, karras_sigmas(n)) - truth).abs().max())
+        assert len(asked) == n
+    assert 3 < error[64] / error[128] < 5 and 3 < error[128] / error[256] < 5, error
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SAMPLERS = {
     "ddpm": ("ddpm", "ddim", "dpmsolver++", "unipc", "euler", "euler_ancestral", "heun"),
-    "edm": ("edm_heun", "edm_euler"),
+    "edm": ("edm_heun", "edm_euler", "edm_dpmsolver++"),
     "flow": ("flow_euler", "flow_heun"),
 }
 SAMPLERS["custom"] = sum(SAMPLERS.values(), ())  # which of them fits is known when the objective is built
@@ -87,7 +87,7 @@ class Sample(Sampling):
     scheduler: (
         Literal[
             "ddpm", "ddim", "dpmsolver++", "unipc", "euler", "euler_ancestral", "heun",
-            "edm_euler", "edm_heun", "flow_euler", "flow_heun",
+            "edm_euler", "edm_heun", "edm_dpmsolver++", "flow_euler", "flow_heun",
         ]
         | None
     ) = None  # fmt: skip

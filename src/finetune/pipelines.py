@@ -83,7 +83,7 @@ class UNetPipeline(DiffusionPipeline):
         conditions whose absence is zero, not an index or the empty prompt; dropped: those that training dropped, which
         guidance extrapolates from (unset: all); both joined by "+". low_res_side: of the small image.
 
-        solver: euler or heun, with a scheduler of EDM or rectified flow; the others are their own solvers.
+        solver: one of samplers.SOLVERS, with a scheduler of EDM or rectified flow; the others are their own solvers.
         trained_respacing, rescale_timesteps: as in the objective. The rest are the defaults of the call's arguments of
         these names (config_sample.Sampling).
         """

@@ -46,7 +46,7 @@ class Sampler:
     scheduler: SchedulerMixin
     settings: Sampling
     solver: str = "euler"
-    """euler or heun, of a scheduler of EDM or rectified flow."""
+    """One of samplers.SOLVERS, of a scheduler of EDM or rectified flow."""
     trained_respacing: str | None = None
     """objective.respacing."""
     rescale_timesteps: bool = False
@@ -136,22 +136,18 @@ class Sampler:
             sigmas = karras_sigmas(self.steps, sigma_min=config.sigma_min, sigma_max=config.sigma_max, rho=config.rho)
         else:
             sigmas = flow_sigmas(self.steps, shift=config.shift)
-        churn = None
+        churn = {}
         if given.s_churn:
-            churn = Churn(
-                noise=noise,
-                s_churn=given.s_churn,
-                s_tmin=given.s_tmin,
-                s_tmax=math.inf if given.s_tmax is None else given.s_tmax,
-                s_noise=given.s_noise,
-            )
+            s_tmax = math.inf if given.s_tmax is None else given.s_tmax
+            further = {"s_churn": given.s_churn, "s_tmin": given.s_tmin, "s_tmax": s_tmax, "s_noise": given.s_noise}
+            churn = {"churn": Churn(noise=noise, **further)}
 
         def denoise(x: Tensor, level: Tensor) -> Tensor:
             alpha, sigma, time = process(level[None])
             output = network(process.scale_input(x, sigma), time[0].to(x.device), float(sigma / alpha))
             return prediction.x0(x, output, alpha, sigma)
 
-        return SOLVERS[self.solver](denoise, x * float(sigmas[0]), sigmas, churn=churn)
+        return SOLVERS[self.solver](denoise, x * float(sigmas[0]), sigmas, **churn)
 
     def _stepped(self, network: Guided, x: Tensor, generator: Generators) -> Tensor:
         """The steps of the scheduler itself."""

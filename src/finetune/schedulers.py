@@ -44,7 +44,13 @@ ODE = (EDMEulerScheduler, FlowMatchEulerDiscreteScheduler)
 KEPT = (DDPMScheduler, DDIMScheduler)
 """The schedulers whose steps samplers.py has too, for any kept timesteps."""
 
-ODE_SCHEDULERS = {"edm_euler": "euler", "edm_heun": "heun", "flow_euler": "euler", "flow_heun": "heun"}
+ODE_SCHEDULERS = {
+    "edm_euler": "euler",
+    "edm_heun": "heun",
+    "edm_dpmsolver++": "dpmsolver++",
+    "flow_euler": "euler",
+    "flow_heun": "heun",
+}
 """sample.scheduler of EDM and of rectified flow -> the solver."""
 
 
