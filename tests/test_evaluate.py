@@ -127,6 +127,31 @@ def test_bits_are_the_objective_s_with_noise_by_row_and_level(trained):
     assert not torch.allclose(got["total"].float(), expected(batch.class_labels.roll(1))["total"], rtol=1e-5)
 
 
+def test_bits_of_a_model_with_several_conditions(tmp_path):
+    """Of class and small image, neither dropped nor noised: so the batch changes nothing, and other classes do."""
+    cfg = config(
+        tmp_path / "run",
+        conditioning={
+            "kind": "several",
+            "class_label": {"condition_dropout": 0.9},
+            "low_res": {"factor": 2, "noise_augmentation": 0.5, "condition_dropout": 0.9},
+        },
+        objective=OBJECTIVE,
+        sample={"num_inference_steps": LEVELS},
+        train={"max_train_steps": 2},
+    )
+    assert run(cfg, body=just_saved) == [0], log(cfg)
+    subject = load_subject(tmp_path / "run")
+    [batch] = subject.batches(num_samples=4, batch_size=4, seed=0)
+    condition = subject.condition(batch)
+    assert torch.equal(condition["class_labels"], batch.class_labels)
+    small = torch.nn.functional.interpolate(batch.pixel_values, 4, mode="area")
+    torch.testing.assert_close(condition["low_res"], small)
+    one = report(tmp_path / "run", "--num_samples", "4", "--batch_size", "1", out=tmp_path / "one")["total"]["mean"]
+    four = report(tmp_path / "run", "--num_samples", "4", "--batch_size", "4", out=tmp_path / "four")["total"]["mean"]
+    assert one == pytest.approx(four, rel=1e-5)
+
+
 def test_what_changes_the_numbers_and_what_does_not(trained, tmp_path):
     def total(name, *options):
         return report(trained, *options, out=tmp_path / name)["total"]["mean"]
@@ -186,7 +211,7 @@ def test_refusals(nothing, tmp_path, capsys, monkeypatch):
         ("latent", latent, "bits per dimension are those of 8-bit pixels, and this model draws latents"),
         ("edm", {"objective": {"kind": "edm"}}, "this model was trained with edm"),
         ("flow", {"objective": {"kind": "flow"}}, "this model was trained with flow"),
-        ("new", {}, "has no checkpoint yet"),
+        ("new", {}, "has no checkpoint: give"),
     ]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(dump(config(tmp_path / name, **sections)))

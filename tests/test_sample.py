@@ -1,5 +1,6 @@
 """Images belong to their seeds; grids; the command."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 from PIL import Image
 
 from finetune import checkpoint
@@ -211,14 +212,32 @@ def test_command_guides_by_a_weaker_model(parts, tmp_path):  # noqa: F811
     empty = tmp_path / "empty"
     empty.mkdir()
     (plain / "model.safetensors").write_bytes(b"broken")
+    of_edm, of_noise = tmp_path / "edm", tmp_path / "noise"
+    for folder, trained in ((of_edm, EDMEulerScheduler()), (of_noise, DDPMScheduler())):
+        unet.save_pretrained(folder / "unet")
+        trained.save_pretrained(folder / "scheduler")
+    with pytest.raises(ConfigError, match="--guidance_scale other than 1"):
+        drawn(run, tmp_path, *words[:4], "--guidance_scale", "1", "--autoguidance", str(weaker))
     for path, message in (
         (other, "both must take the same input and condition"),
         (empty, "holds no UNet"),
         (tmp_path / "nowhere", "neither a folder"),
         (plain, "is not a whole checkpoint"),
+        (of_edm, "removes the noise of EDM, the model that of DDPM"),
+        (of_noise, "has prediction_type epsilon, the model v_prediction"),
     ):
         with pytest.raises(ConfigError, match=message):
             drawn(run, tmp_path, *words, "--autoguidance", str(path))
+
+
+def test_command_refuses_to_guide_from_what_was_never_trained(parts, tmp_path):  # noqa: F811
+    run = saved_run(parts, tmp_path, "ours")
+    words = ["--class_label", "0", "--steps", "2", "--guidance_scale", "2"]
+    drawn(run, tmp_path, *words)
+    index = run / "pipeline" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"dropped": ""}))
+    with pytest.raises(ConfigError, match="condition_dropout 0"):
+        drawn(run, tmp_path, *words)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -34,6 +34,9 @@ class Conditioner(Protocol):
     def __call__(self, batch: Batch, random: PositionRandom) -> Condition:
         """The condition of a training batch, dropped for a share of the samples chosen by position in the run."""
 
+    def of(self, batch: Batch) -> Condition:
+        """The condition of every sample of a batch, as in training but without dropout and noise."""
+
     def condition(self, wanted: Any) -> Condition:
         """The condition that is asked for, one row each: prompts, labels, images, or several of them by kind."""
 
@@ -52,6 +55,10 @@ class Unconditional:
     parts: Mapping[str, Single] = {}
 
     def __call__(self, batch: Batch, random: PositionRandom) -> Condition:
+        """{}."""
+        return {}
+
+    def of(self, batch: Batch) -> Condition:
         """{}."""
         return {}
 
@@ -90,6 +97,10 @@ class Several:
                 dropped = random.uniform(purpose) < part.dropout
                 found[kind] = without(found[kind], part.unconditional(len(batch)), dropped)
         return self._joined(found)
+
+    def of(self, batch: Batch) -> Condition:
+        """The conditions of every sample of a batch, without dropout and noise."""
+        return self._joined({kind: part.of(batch) for kind, part in self.parts.items()})
 
     def condition(self, wanted: Mapping[str, Any]) -> Condition:
         """The conditions of what is asked for by kind, one row each."""

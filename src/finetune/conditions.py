@@ -50,8 +50,8 @@ class Single:
         """What guidance extrapolates `condition` from: the unconditional case."""
         return self.unconditional(len(next(iter(condition.values()))))
 
-    def of(self, batch: Batch, random: PositionRandom) -> Condition:
-        """The condition of a training batch, of every sample."""
+    def of(self, batch: Batch, random: PositionRandom | None = None) -> Condition:
+        """The condition of every sample of a batch; without `random`, free of noise too."""
         raise NotImplementedError
 
     def condition(self, wanted: Any) -> Condition:
@@ -94,7 +94,7 @@ class ClassLabel(Single):
         self.num_classes, self.class_names, self.dropout, self.device = num_classes, class_names, dropout, device
         self.null, self.trainable = null, trainable
 
-    def of(self, batch: Batch, random: PositionRandom) -> Condition:
+    def of(self, batch: Batch, random: PositionRandom | None = None) -> Condition:
         """{"class_labels": [B] int64}. Raises DataError for a label that is no class."""
         labels = batch.class_labels
         assert labels is not None, "the data must give class labels"
@@ -140,11 +140,11 @@ class LowRes(Single):
         self.channels, self.side, self.dropout, self.device = channels, side, dropout, device
         self.noise_augmentation = noise_augmentation
 
-    def of(self, batch: Batch, random: PositionRandom) -> Condition:
+    def of(self, batch: Batch, random: PositionRandom | None = None) -> Condition:
         """The batch's small images, or its images reduced; with noise of a std drawn in [0, noise_augmentation)."""
         images = batch.pixel_values if batch.low_res is None else batch.low_res
         low_res = self.condition(images)["low_res"]
-        if self.noise_augmentation:
+        if self.noise_augmentation and random is not None:
             std = (random.uniform("low_res_noise_level") * self.noise_augmentation).float().to(low_res.device)
             noise = random.normal("low_res_noise", low_res.shape[1:]).to(low_res.device)
             low_res = low_res + std[:, None, None, None] * noise
@@ -182,7 +182,7 @@ class Size(Single):
     def __init__(self, *, dropout: float = 0.0, device: torch.device | str = "cpu") -> None:
         self.dropout, self.device = dropout, device
 
-    def of(self, batch: Batch, random: PositionRandom) -> Condition:
+    def of(self, batch: Batch, random: PositionRandom | None = None) -> Condition:
         """What each sample really was and became."""
         assert batch.time_ids is not None, "the data must give sizes"
         return {"time_ids": batch.time_ids.to(self.device)}

@@ -70,6 +70,8 @@ class Sampling:
         interval = self.guidance_interval
         if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
             raise ValueError(f"guidance_interval needs two numbers, low below high, got {list(interval)}")
+        if self.s_tmax is not None and self.s_tmin > self.s_tmax:
+            raise ValueError(f"s_tmin must not exceed s_tmax, got {self.s_tmin:g} > {self.s_tmax:g}")
 
 
 @section
@@ -116,7 +118,10 @@ def visited_timesteps(settings: Sampling, num_train_timesteps: int, trained: tup
         if steps > len(trained):
             raise ValueError(f"num_inference_steps must lie in 1..{len(trained)} (the timesteps trained), got {steps}")
         return tuple(trained[round(len(trained) * i / steps) - 1] for i in range(1, steps + 1))
-    kept = space_timesteps(num_train_timesteps, settings.respacing)
+    try:
+        kept = space_timesteps(num_train_timesteps, settings.respacing)
+    except ValueError as error:
+        raise ValueError(f"respacing: {error}") from None
     if strangers := sorted(set(kept) - set(trained)):
         raise ValueError(
             f"respacing {settings.respacing} visits timestep {strangers[0]}, which objective.respacing does not train: "

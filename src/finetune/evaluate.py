@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.config_choices import conditions
 from finetune.config_io import load_text
 from finetune.errors import ConfigError, DataError
 from finetune.seeding import PositionRandom, permutation
@@ -61,8 +62,7 @@ class Subject:
 
     def condition(self, batch: Batch) -> dict[str, Tensor]:
         """The condition of each sample, as in training but for its dropout."""
-        labels = None if batch.class_labels is None else batch.class_labels.tolist()
-        return self.conditioner.condition(batch.captions or labels or [])
+        return self.conditioner.of(batch)
 
 
 def load_subject(
@@ -79,7 +79,7 @@ def load_subject(
     from finetune.conditioning import build_conditioner
     from finetune.data import open_data
     from finetune.models import build_unet
-    from finetune.objective import build_objective
+    from finetune.objective import build_objective, without_own_code
     from finetune.space import build_space
 
     found, folder = _checkpoint(run)
@@ -87,7 +87,7 @@ def load_subject(
     measured = open_data(_on(cfg, data, split))
     trained = json.loads((folder / "run.json").read_text())
     classes = list(trained["data"].get("classes", ())) or None
-    if cfg.conditioning.kind == "class_label" and measured.class_names != classes:
+    if "class_label" in conditions(cfg.conditioning) and measured.class_names != classes:
         raise ConfigError(
             f"the data have the classes {', '.join(measured.class_names or ())}, the model was trained on "
             f"{', '.join(classes or ())}: their numbers would mean something else"
@@ -111,7 +111,7 @@ def load_subject(
         cfg=cfg,
         unet=unet.to(device).eval(),
         conditioner=conditioner,
-        objective=build_objective(cfg.objective, clip_sample=cfg.space.kind == "pixel"),
+        objective=build_objective(without_own_code(cfg.objective), clip_sample=cfg.space.kind == "pixel"),
         data=measured,
         facts=facts,
         device=device,
@@ -126,7 +126,7 @@ def _checkpoint(run: Path) -> tuple[Checkpoint, Path]:
         return checkpoint.load(run, what="finetune evaluate"), run.resolve().parents[1]
     found = checkpoint.latest(run / "checkpoints")
     if found is None:
-        raise ConfigError(f"{run} has no checkpoint yet")
+        raise ConfigError(f"{run} has no checkpoint: give the output_dir of a run, or its checkpoints/step-...")
     return found, run
 
 

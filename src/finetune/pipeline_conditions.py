@@ -42,7 +42,9 @@ def condition_settings(conditioner: Conditioner, cfg: TrainConfig) -> dict[str, 
     parts = conditioner.parts
     dropped = [kind for kind, part in parts.items() if part.dropout]
     settings: dict[str, Any] = {"conditioning": conditioner.kind}
-    settings["dropped"] = "+".join(dropped) if 0 < len(dropped) < len(parts) else None
+    # A pretrained UNet was trained before, with a dropout that we do not know.
+    all_known = len(dropped) == len(parts) or (not dropped and cfg.model.kind == "pretrained")
+    settings["dropped"] = None if all_known else "+".join(dropped)
     settings["zero_nulls"] = "+".join(
         kind for kind, part in parts.items() if part.null == "zero" and kind not in ("low_res", "size")
     )

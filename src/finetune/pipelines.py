@@ -81,7 +81,7 @@ class UNetPipeline(DiffusionPipeline):
         """conditioning: none, or class_label, pooled_text, text, low_res, size joined by "+". text_encoder_2,
         tokenizer_2: of the pooled text, if it has its own. guide: the weaker network of autoguidance. zero_nulls: the
         conditions whose absence is zero, not an index or the empty prompt; dropped: those that training dropped, which
-        guidance extrapolates from (unset: all); both joined by "+". low_res_side: of the small image.
+        guidance extrapolates from (unset: all; empty: none); both joined by "+". low_res_side: of the small image.
 
         solver: one of samplers.SOLVERS, with a scheduler of EDM or rectified flow; the others are their own solvers.
         trained_respacing, rescale_timesteps: as in the objective. The rest are the defaults of the call's arguments of
@@ -139,6 +139,9 @@ class UNetPipeline(DiffusionPipeline):
         if self.config.conditioning == "none" and self.guide is None and settings.guidance_scale not in (0, 1):
             scale = settings.guidance_scale
             raise ConfigError(f"there is no condition to guide with: guidance_scale must be 1, got {scale:g}")
+        if self.config.dropped == "" and self.guide is None and settings.guidance_scale != 1:
+            raise ConfigError("guidance needs the unconditional case, which was never trained (condition_dropout 0): "
+                              f"guidance_scale must be 1, got {settings.guidance_scale:g}")  # fmt: skip
         if isinstance(generator, list) and len(generator) != n:
             raise ConfigError(f"give one generator, or one per image: got {len(generator)} for {n} images")
         sampler.check()
@@ -254,7 +257,7 @@ def build_pipeline(
             **text,
         )
     if guide is None and cfg.sample.autoguidance is not None:
-        guide = load_guide(cfg.sample.autoguidance, unet)
+        guide = load_guide(cfg.sample.autoguidance, unet, scheduler)
     pipeline = UNetPipeline(
         unet=unet,
         scheduler=sampler,

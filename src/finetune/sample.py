@@ -174,7 +174,7 @@ def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, shown: 
         **given,
     )
     labels = captions_of(pipeline, wanted_conditions(pipeline, len(images), **given))
-    columns = _columns(labels)
+    columns = columns_for(labels)
     if shown is not None:
         images, columns = triples(small, images, shown.pixel_values), 6
         labels = [text for label in labels or [""] * len(small) for text in ("small", label or "drawn", "truth")]
@@ -182,7 +182,7 @@ def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, shown: 
     grid(images, labels, columns=columns).save(path)
 
 
-def _columns(labels: Sequence[str] | None) -> int | None:
+def columns_for(labels: Sequence[str] | None) -> int | None:
     """One column per prompt or class where that fits a screen."""
     distinct = len(set(labels or ()))
     return distinct if 2 <= distinct <= 12 else None

@@ -14,6 +14,7 @@ from finetune.sample import (
     DEFAULT_IMAGES,
     FURTHER,
     captions_of,
+    columns_for,
     conditioning_of,
     generate,
     load_pipeline,
@@ -54,8 +55,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next take the next seeds")
     parser.add_argument("--steps", type=int, help="sampling steps; default: the pipeline's, or the run's")
     parser.add_argument("--guidance_scale", type=float, help="1 is none; default: the pipeline's, or the run's")
-    names = [name for family in SAMPLERS.values() for name in family]
-    parser.add_argument("--scheduler", choices=names, help="default: the pipeline's")
+    parser.add_argument("--scheduler", choices=SAMPLERS["custom"], help="default: the pipeline's")
     parser.add_argument("--respacing", help='timesteps of ddpm and ddim, not --steps: "250", "ddim50", "10,20,30"')
     parser.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as ddpm; default: the pipeline's")
     churn = "of edm_euler and edm_heun; default: the pipeline's"
@@ -109,7 +109,9 @@ def _changed(pipeline: DiffusionPipeline, args: argparse.Namespace) -> Diffusion
     if args.scheduler:
         set_sampler(pipeline, args.scheduler)
     if args.autoguidance:
-        pipeline.register_modules(guide=load_guide(args.autoguidance, pipeline.unet))
+        pipeline.register_modules(guide=load_guide(args.autoguidance, pipeline.unet, pipeline.scheduler))
+        if (pipeline.config.guidance_scale if args.guidance_scale is None else args.guidance_scale) == 1:
+            raise ConfigError("--autoguidance needs a --guidance_scale other than 1, which is no guidance: raise it")
     return pipeline
 
 
@@ -145,5 +147,6 @@ def sample_main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(args.out / f"{i:04d}.png")
-    grid(images, captions_of(pipeline, wanted_conditions(pipeline, n, **given))).save(args.out / "grid.png")
+    labels = captions_of(pipeline, wanted_conditions(pipeline, n, **given))
+    grid(images, labels, columns=columns_for(labels)).save(args.out / "grid.png")
     print(f"{n} image{'s' * (n > 1)} and grid.png in {args.out}")

@@ -48,7 +48,7 @@ class Text(Single):
         """Captions encoded so far that were longer than the encoder reads."""
         self._cache: dict[str, Tensor] = {}
 
-    def of(self, batch: Batch, random: PositionRandom) -> Condition:
+    def of(self, batch: Batch, random: PositionRandom | None = None) -> Condition:
         """The embeddings of the captions."""
         assert batch.captions is not None, "the data must give captions"
         return self.condition(batch.captions)

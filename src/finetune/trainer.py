@@ -86,7 +86,7 @@ class Trainer:
         self.objective.to(device)
         self.unet = build_unet(cfg, self.space, self.conditioner, seed=cfg.seed).to(device)
         weaker = cfg.sample.autoguidance
-        self.guide = None if weaker is None else load_guide(weaker, self.unet)
+        self.guide = None if weaker is None else load_guide(weaker, self.unet, self.objective.scheduler)
         if cfg.train.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         if cfg.train.channels_last:

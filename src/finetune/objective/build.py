@@ -79,6 +79,15 @@ def _own(setting: str, cfg: config.Custom, trust: Collection[str]) -> object:
     return piece
 
 
+def without_own_code(cfg: config.Objective) -> config.Objective:
+    """The same noise process and prediction, which need no code of the user's: the parts that only training has are
+    the defaults where they were custom.
+    """
+    parts = {name: getattr(cfg, name) for name in ("levels", "weighting", "loss")}
+    plain = type(cfg)(kind=cfg.kind)
+    return replace(cfg, **{name: getattr(plain, name) for name, part in parts.items() if part.kind == "custom"})
+
+
 def _ddpm(cfg: config.DDPM, clip_sample: bool, global_batch: int) -> Objective:
     """Ho et al. 2020 (epsilon, linear), Salimans & Ho 2022 (v_prediction), Nichol & Dhariwal 2021 (learned_range,
     respacing), Lin et al. 2023 (rescale_betas_zero_snr) are settings of it."""
