@@ -3,8 +3,8 @@
     python benchmarks/digits_recipes.py [RECIPE ...] [--out runs/benchmark]
 
 Time is that of the whole `accelerate launch` command: start, check of the data, training, samples, export. Memory is
-the highest resident set of the training process. Quality: see digits_quality.py; a recipe that is not told a digit has none.
-Prints a table, and one line of JSON per recipe.
+the highest resident set of the training process. Quality: see digits_quality.py; a recipe that is told no
+digit has none. Prints a table, and one line of JSON per recipe.
 """
 
 import argparse
