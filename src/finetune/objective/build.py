@@ -38,10 +38,8 @@ def build_objective(
         return _own("objective", cfg, trust)
     pieces = {"weighting": cfg.weighting, "levels": cfg.levels, "loss": cfg.loss}
     own = {name: _own(f"objective.{name}", piece, trust) for name, piece in pieces.items() if piece.kind == "custom"}
-    if own:
-        plain = type(cfg)(kind=cfg.kind)
-        cfg = replace(cfg, **{name: vars(plain)[name] for name in own})
-        own |= {"regression": own.pop("loss")} if "loss" in own else {}
+    own |= {"regression": own.pop("loss")} if "loss" in own else {}
+    cfg = without_own_code(cfg)
     match cfg.kind:
         case "ddpm":
             return replace(_ddpm(cfg, clip_sample, global_batch), **own)
@@ -83,9 +81,9 @@ def without_own_code(cfg: config.Objective) -> config.Objective:
     """The same noise process and prediction, which need no code of the user's: the parts that only training has are
     the defaults where they were custom.
     """
-    parts = {name: getattr(cfg, name) for name in ("levels", "weighting", "loss")}
-    plain = type(cfg)(kind=cfg.kind)
-    return replace(cfg, **{name: getattr(plain, name) for name, part in parts.items() if part.kind == "custom"})
+    plain = vars(type(cfg)(kind=cfg.kind))
+    own = [name for name in ("levels", "weighting", "loss") if vars(cfg)[name].kind == "custom"]
+    return replace(cfg, **{name: plain[name] for name in own})
 
 
 def _ddpm(cfg: config.DDPM, clip_sample: bool, global_batch: int) -> Objective:
