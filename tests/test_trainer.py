@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from finetune.objective import build_objective
+from finetune.tracking import Tracker
 from finetune.trainer import Trainer
 from forked import last_step, log, metrics, run, state
 from tiny import config
@@ -55,6 +57,33 @@ def test_files_and_numbers_of_a_run(tmp_path):
         assert min(q for i in range(4) if (q := line[f"loss_q{i}"]) is not None) <= line["loss"]
     facts = json.loads((Path(cfg.output_dir) / "run.json").read_text())
     assert facts["data_fingerprint"] and facts["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk without space is Linux's /dev/full")
+def test_a_full_disk_costs_pictures_but_not_the_training(tmp_path):
+    sample = {"num_images": 2, "num_inference_steps": 2, "sample_every": 4}
+    for last, codes in ((9, [0]), (4, [1])):  # the last picture is a part of the export
+        cfg = config(tmp_path / f"run{last}", sample=sample, train={"max_train_steps": last})
+        samples = Path(cfg.output_dir) / "samples"
+        samples.mkdir(parents=True)
+        (samples / "step-00000004.png").symlink_to("/dev/full")
+        assert run(cfg) == codes, log(cfg)
+        assert "No space left on device" in log(cfg) and last_step(cfg) == last
+    assert (tmp_path / "run9" / "samples" / "step-00000009.png").stat().st_size > 100
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk without space is Linux's /dev/full")
+def test_a_full_disk_costs_lines_of_metrics_but_not_the_training(tmp_path, caplog):
+    (tmp_path / "run").mkdir()
+    tracker = Tracker(Accelerator(cpu=True), config(tmp_path / "run"), resumed_step=0)
+    lines = tmp_path / "run" / "metrics.jsonl"
+    lines.unlink()
+    lines.symlink_to("/dev/full")
+    tracker.log({"loss": 1.0}, step=1)
+    assert "no line of metrics.jsonl at step 1" in caplog.text and "No space left" in caplog.text
+    lines.unlink()
+    tracker.log({"loss": 2.0}, step=2)
+    assert json.loads(lines.read_text()) == {"step": 2, "loss": 2.0}
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):

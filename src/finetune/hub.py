@@ -136,16 +136,17 @@ def push(
     try:
         answer = _ask({**request, "folder": str(folder.resolve())}, budget, first_wait)
     except _Refused as error:
-        raise PushPending(_pending(folder, f"{repo_id}: {error}", "Afterwards:")) from None
+        raise PushPending(_pending(folder, f"{repo_id}: {error}", "Afterwards:", repo_id)) from None
     except _Unreachable as error:
-        raise PushPending(_pending(folder, f"{repo_id}: {error}", "Later:")) from None
+        raise PushPending(_pending(folder, f"{repo_id}: {error}", "Later:", repo_id)) from None
     if answer["others"]:
         LOGGER.warning("%s also holds files that are not part of this model: %s", repo_id, ", ".join(answer["others"]))
     return answer["url"]
 
 
-def _pending(folder: Path, reason: str, remedy: str) -> str:
-    command = f"finetune push {shlex.quote(str(folder.parent))}"
+def _pending(folder: Path, reason: str, remedy: str, repo_id: str | None = None) -> str:
+    words = ["finetune", "push", str(folder.parent), *(["--hub_model_id", repo_id] if repo_id else [])]
+    command = shlex.join(words)
     return f"The model is saved in {folder}, but not on the Hub: {reason} {remedy} {command}"
 
 

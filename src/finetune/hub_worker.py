@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LONGEST_SILENCE = 120.0
 """Seconds without a byte from the server after which one request counts as lost."""
 
-HUB_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+HUB_TOKEN = re.compile(rb"\bhf_(?:oauth_[\w.-]{20,}|[A-Za-z0-9]{20,})")
 
 REMEDY = {
     400: "Correct what the Hub complains about.",

@@ -18,11 +18,10 @@ from pydantic import TypeAdapter
 
 from finetune.config import TrainConfig
 from finetune.config_io import dump
+from finetune.hub_worker import HUB_TOKEN
 from finetune.pretrained import HUB_ID
 
 PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "datasets", "safetensors", "numpy")
-
-TOKEN = re.compile(r"\bhf_(?:oauth_[\w.-]{20,}|[A-Za-z0-9]{20,})")
 
 SOURCES = (
     ("data", "dataset_name"),
@@ -90,7 +89,7 @@ def without_token(text: str) -> str:
     secret = os.environ.get("HF_TOKEN", "")
     if len(secret) >= 8:  # anything shorter is no token, and may be a word of the text
         text = text.replace(secret, "[token]")
-    return TOKEN.sub("[token]", text)
+    return HUB_TOKEN.sub(b"[token]", text.encode(errors="surrogatepass")).decode(errors="surrogatepass")
 
 
 def redact(text: str) -> str:

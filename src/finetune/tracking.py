@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Tracker:
         """One line for this optimizer step. Values are numbers, strings or None."""
         if not self._accelerator.is_main_process:
             return
-        with self._path.open("a") as file:
+        with surviving(f"line of metrics.jsonl at step {step}", required=False), self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
         self._guarded(self._accelerator.log, numbers, step=step)
@@ -101,6 +102,17 @@ def _step(line: str) -> int:
         return json.loads(line)["step"]
     except (ValueError, KeyError):  # a line that a crash cut short
         return sys.maxsize
+
+
+@contextlib.contextmanager
+def surviving(what: str, *, required: bool) -> Iterator[None]:
+    """An OSError inside, such as a full disk, costs `what` alone, unless it is required."""
+    try:
+        yield
+    except OSError as error:
+        if required:
+            raise
+        log.warning("no %s (%s); what was written before is whole, going on", what, error)
 
 
 def due(step: int, every: int | None, last: int) -> bool:

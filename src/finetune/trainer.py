@@ -218,12 +218,8 @@ class Trainer:
         One that fails (OSError, such as a full disk) ends the run if it is required; else it costs this checkpoint.
         """
         if self.accelerator.is_main_process:
-            try:
+            with tracking.surviving(f"checkpoint at step {self.step}", required=required):
                 self._write_checkpoint()
-            except OSError as error:
-                if required:
-                    raise
-                log.warning("no checkpoint at step %d (%s); the older ones are whole, going on", self.step, error)
         self.accelerator.wait_for_everyone()
 
     def snapshot(self) -> None:
@@ -300,12 +296,16 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self) -> None:
-        """Draw samples/step-N.png (main process; the others wait). Touches no state of the training."""
+        """Draw samples/step-N.png (main process; the others wait). Touches no state of the training.
+
+        One that cannot be written (OSError, such as a full disk) ends the run if it is the last, which is exported.
+        """
         if self.accelerator.is_main_process:
             with self.averaged_weights(), self.accelerator.autocast():
                 upscales = "low_res" in self.conditioner.parts
                 shown = first_batch(self.data, self.cfg.sample.num_images) if upscales else None
-                sample.draw_grid(self.pipeline(), self.cfg, self.sample_path, shown)
+                with tracking.surviving(f"samples at step {self.step}", required=self.step == self.steps):
+                    sample.draw_grid(self.pipeline(), self.cfg, self.sample_path, shown)
         self.accelerator.wait_for_everyone()
 
     @property
