@@ -17,8 +17,10 @@ SAMPLERS = {
     "edm": ("edm_heun", "edm_euler", "edm_dpmsolver++"),
     "flow": ("flow_euler", "flow_heun"),
 }
-SAMPLERS["custom"] = sum(SAMPLERS.values(), ())  # which of them fits is known when the objective is built
 """objective.kind -> the samplers that remove its noise; the first is the default."""
+
+ALL_SAMPLERS = sum(SAMPLERS.values(), ())
+"""Those of any other objective.kind, of which it is known when it is built what fits."""
 
 USED_BY = {
     "respacing": ("ddpm", "ddim"),
@@ -155,7 +157,7 @@ def unused(sampler: str, settings: Sampling) -> Iterator[tuple[str, str]]:
 
 def sampler_of(sample: Sample, kind: str) -> str:
     """sample.scheduler, or the default of objective.kind."""
-    return sample.scheduler or SAMPLERS[kind][0]
+    return sample.scheduler or SAMPLERS.get(kind, ALL_SAMPLERS)[0]
 
 
 def steps_of(sample: Sample, objective: DDPM | EDM | Flow) -> int:
@@ -172,8 +174,8 @@ def steps_of(sample: Sample, objective: DDPM | EDM | Flow) -> int:
 def contradictions(sample: Sample, objective: DDPM | EDM | Flow) -> Iterator[tuple[str, str]]:
     """Rules between the sampler and the objective, as (place, problem) pairs."""
     sampler, kind = sampler_of(sample, objective.kind), objective.kind
-    if sampler not in SAMPLERS[kind]:
-        fitting = ", ".join(SAMPLERS[kind])
+    if sampler not in (fits := SAMPLERS.get(kind, ALL_SAMPLERS)):
+        fitting = ", ".join(fits)
         yield "sample.scheduler", f"{sampler} does not remove the noise of objective.kind {kind}: use one of {fitting}"
         return
     yield from ((f"sample.{name}", problem) for name, problem in unused(sampler, sample))

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.config_sample import SAMPLERS
+from finetune.config_sample import ALL_SAMPLERS
 from finetune.errors import ConfigError
 from finetune.grids import grid
 from finetune.sample import (
@@ -55,7 +55,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next take the next seeds")
     parser.add_argument("--steps", type=int, help="sampling steps; default: the pipeline's, or the run's")
     parser.add_argument("--guidance_scale", type=float, help="1 is none; default: the pipeline's, or the run's")
-    parser.add_argument("--scheduler", choices=SAMPLERS["custom"], help="default: the pipeline's")
+    parser.add_argument("--scheduler", choices=ALL_SAMPLERS, help="default: the pipeline's")
     parser.add_argument("--respacing", help='timesteps of ddpm and ddim, not --steps: "250", "ddim50", "10,20,30"')
     parser.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as ddpm; default: the pipeline's")
     churn = "of edm_euler and edm_heun; default: the pipeline's"
