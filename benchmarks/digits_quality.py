@@ -66,14 +66,19 @@ def draw(run: Path, samples: int, seed: int, guidance_scale: float | None) -> tu
     return np.stack([to_vector(image) for image in images]), asked
 
 
-def main() -> None:
-    """Judge one run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str, *, samples: int) -> argparse.Namespace:
+    """run, samples, seed and guidance_scale from the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=samples)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--guidance_scale", type=float)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Judge one run."""
+    args = arguments(__doc__, samples=20)
     start = time.perf_counter()
     result = judge(*draw(args.run, args.samples, args.seed, args.guidance_scale))
     seconds = time.perf_counter() - start

@@ -12,7 +12,6 @@ The floor is what as many real digits as there are samples (at most half of them
 Prints a table and one line of JSON.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from digits_quality import draw, to_vector
+from digits_quality import arguments, draw, to_vector
 from finetune.config_io import load_text
 from finetune.frechet import frechet_distance
 from finetune.sample import generate, load_pipeline
@@ -61,12 +60,7 @@ def draw_any(run: Path, samples: int, seed: int, guidance_scale: float | None) -
 
 def main() -> None:
     """Measure one run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--guidance_scale", type=float)
-    args = parser.parse_args()
+    args = arguments(__doc__, samples=100)
     start = time.perf_counter()
     result = distances(draw_any(args.run, args.samples, args.seed, args.guidance_scale))
     seconds = time.perf_counter() - start

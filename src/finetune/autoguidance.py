@@ -22,7 +22,6 @@ SHARED = ("in_channels", "sample_size", "class_embed_type", "num_class_embeds", 
           "projection_class_embeddings_input_dim", "addition_embed_type")  # fmt: skip
 """What both UNets must have in common to be asked the same."""
 
-
 NOISE = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr",
          "sigma_data")  # fmt: skip
 """What their schedulers must have in common to mean the same by a timestep and by the output."""
@@ -125,7 +124,6 @@ def _check_same_noise(theirs: dict[str, Any] | None, scheduler: SchedulerMixin, 
                 f"autoguidance: {name} has {key} {theirs[key]}, the model {ours[key]}: both must be trained with the "
                 "same noise process and prediction"
             )
-
 
 
 def _family(scheduler: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from finetune import checkpoint
 from finetune.config import Ema as EmaConfig
+from finetune.errors import surviving
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +89,8 @@ class Ema:
         """
         parts = {part: self.averages[part] for part in self._gammas}
         state = {"step": self.updates, "relative_widths": self._cfg.relative_widths}
-        try:
+        with surviving(f"snapshot of the averages at step {self.updates}", required=False):
             checkpoint.save(root, parts=parts, state=state, keep=sys.maxsize)
-        except OSError as error:
-            log.warning("no snapshot of the averages at step %d (%s); going on", self.updates, error)
 
 
 def drop_snapshots_after(root: Path, step: int) -> None:

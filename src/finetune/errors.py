@@ -1,4 +1,10 @@
-"""The ways a run ends other than well. Each carries the exit code that the command line returns."""
+"""The ways a run ends other than well, each with the exit code of the command line; and what does not end it."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
 
 
 class FinetuneError(Exception):
@@ -46,3 +52,14 @@ class Preempted(FinetuneError):
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def surviving(what: str, *, required: bool) -> Iterator[None]:
+    """An OSError inside, such as a full disk, costs `what` alone, unless it is required."""
+    try:
+        yield
+    except OSError as error:
+        if required:
+            raise
+        log.warning("no %s (%s); what was written before is whole, going on", what, error)

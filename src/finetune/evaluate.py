@@ -82,7 +82,7 @@ def load_subject(
     from finetune.objective import build_objective, without_own_code
     from finetune.space import build_space
 
-    found, folder = _checkpoint(run)
+    found, folder = _checkpoint(run), _folder(run)
     cfg = _config(folder)
     measured = open_data(_on(cfg, data, split))
     trained = json.loads((folder / "run.json").read_text())
@@ -118,16 +118,21 @@ def load_subject(
     )
 
 
-def _checkpoint(run: Path) -> tuple[Checkpoint, Path]:
-    """The checkpoint to measure, and the folder of its run."""
+def _folder(run: Path) -> Path:
+    """The run itself, or the run that a checkpoint belongs to."""
+    return run.resolve().parents[1] if (run / "manifest.json").is_file() else run
+
+
+def _checkpoint(run: Path) -> Checkpoint:
+    """The checkpoint to measure."""
     from finetune import checkpoint
 
     if (run / "manifest.json").is_file():
-        return checkpoint.load(run, what="finetune evaluate"), run.resolve().parents[1]
+        return checkpoint.load(run, what="finetune evaluate")
     found = checkpoint.latest(run / "checkpoints")
     if found is None:
         raise ConfigError(f"{run} has no checkpoint: give the output_dir of a run, or its checkpoints/step-...")
-    return found, run
+    return found
 
 
 def _config(folder: Path) -> TrainConfig:
@@ -297,7 +302,7 @@ METRICS = {"bpd": (check_bpd, bpd)}
 def evaluate_main(argv: list[str] | None = None) -> None:
     """The command `finetune evaluate`. Raises ConfigError for what cannot be measured, most before torch is loaded."""
     args = _arguments(argv)
-    folder = args.run.resolve().parents[1] if (args.run / "manifest.json").is_file() else args.run
+    folder = _folder(args.run)
     cfg = _config(folder)
     for metric in args.metrics:
         METRICS[metric][0](cfg)

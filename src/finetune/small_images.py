@@ -59,8 +59,7 @@ def read_images(files: Sequence[Path], pipeline: DiffusionPipeline) -> Tensor:
 
 def small_of(pipeline: DiffusionPipeline, shown: Batch) -> Tensor:
     """The small images of training samples, [B, C, side, side] in [-1, 1], without noise."""
-    images = shown.pixel_values if shown.low_res is None else shown.low_res
-    return pipeline.conditioner().parts["low_res"].condition(images)["low_res"]
+    return pipeline.conditioner().parts["low_res"].of(shown)["low_res"]
 
 
 def triples(small: Tensor, drawn: Sequence[Image], truth: Tensor) -> list[Image]:

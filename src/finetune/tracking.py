@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from finetune.config import Tracking, TrainConfig
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, surviving
 
 log = logging.getLogger(__name__)
 
@@ -102,17 +101,6 @@ def _step(line: str) -> int:
         return json.loads(line)["step"]
     except (ValueError, KeyError):  # a line that a crash cut short
         return sys.maxsize
-
-
-@contextlib.contextmanager
-def surviving(what: str, *, required: bool) -> Iterator[None]:
-    """An OSError inside, such as a full disk, costs `what` alone, unless it is required."""
-    try:
-        yield
-    except OSError as error:
-        if required:
-            raise
-        log.warning("no %s (%s); what was written before is whole, going on", what, error)
 
 
 def due(step: int, every: int | None, last: int) -> bool:

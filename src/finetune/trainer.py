@@ -21,7 +21,7 @@ from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
 from finetune.data import open_data
 from finetune.ema import Ema, drop_snapshots_after
-from finetune.errors import NonFiniteError
+from finetune.errors import NonFiniteError, surviving
 from finetune.identity import checkpoint_to_resume, identity
 from finetune.meter import Meter
 from finetune.models import bind, build_unet
@@ -218,7 +218,7 @@ class Trainer:
         One that fails (OSError, such as a full disk) ends the run if it is required; else it costs this checkpoint.
         """
         if self.accelerator.is_main_process:
-            with tracking.surviving(f"checkpoint at step {self.step}", required=required):
+            with surviving(f"checkpoint at step {self.step}", required=required):
                 self._write_checkpoint()
         self.accelerator.wait_for_everyone()
 
@@ -304,7 +304,7 @@ class Trainer:
             with self.averaged_weights(), self.accelerator.autocast():
                 upscales = "low_res" in self.conditioner.parts
                 shown = first_batch(self.data, self.cfg.sample.num_images) if upscales else None
-                with tracking.surviving(f"samples at step {self.step}", required=self.step == self.steps):
+                with surviving(f"samples at step {self.step}", required=self.step == self.steps):
                     sample.draw_grid(self.pipeline(), self.cfg, self.sample_path, shown)
         self.accelerator.wait_for_everyone()
 
