@@ -1,8 +1,8 @@
 """Every setting of a run, as nested frozen sections. Imports no torch; the text under a field is its only help text.
 
 Names are those of diffusers and Accelerate. Choices are unions told apart by `kind` (config_choices.py,
-config_objective.py); Sample stands in config_sample.py. A default names its source; "train_unconditional" is the
-diffusers script of that name, whose defaults hold when only data and resolution are given.
+config_objective.py); Data stands in config_data.py, Sample in config_sample.py. A default names its source;
+"train_unconditional" is the diffusers script of that name, whose defaults hold when only data and resolution are given.
 """
 
 from __future__ import annotations
@@ -23,74 +23,10 @@ from finetune.config_choices import (
     low_res_contradictions,
     unet2d_contradictions,
 )
+from finetune.config_data import Data
 from finetune.config_objective import DDPM, Objective
 from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
-
-
-@section
-class Data:
-    """Where the images come from and how they become samples."""
-
-    dataset_name: str | None = None
-    """Data set: a Hub id, or the path of a local folder, saved data set, Parquet, Arrow, CSV or JSON file."""
-    train_data_dir: str | None = None
-    """Local folder of images: flat, class sub-folders, metadata.jsonl or .csv, or a.jpg beside a.txt."""
-    dataset_config_name: str | None = None
-    """Configuration of a Hub data set that has several."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub data set."""
-    split: str = "train"
-    """Split to train on."""
-    image_column: str = "image"
-    """Column that holds the images."""
-    caption_column: str | Words = "text"
-    """Column(s) that hold the captions; of several, or of a list in one cell, one is drawn per epoch and row."""
-    label_column: str = "label"
-    """Column that holds the class labels."""
-    label_from_filename: bool = False
-    """Take the class from the file name, up to its first "_", instead of label_column (improved-diffusion)."""
-    low_res_column: str | None = None
-    """Column that holds the small images of conditioning low_res; unset: they are made from the large ones."""
-    max_train_samples: Count | None = None
-    """Use only this many rows, drawn by the seed."""
-    resolution: Count
-    """Side of the square training image, in pixels."""
-    channels: Literal[1, 3] = 3
-    """Colour channels of the training image: 3 (RGB) or 1 (grey)."""
-    center_crop: bool = False
-    """Crop the centre instead of a random place (random as in train_unconditional)."""
-    random_flip: bool = False
-    """Mirror each image left to right with probability one half."""
-    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] = "bilinear"
-    """Filter of the resize, antialiased (bilinear as in train_unconditional)."""
-    preparation: Literal["standard", "iddpm"] = "standard"
-    """standard: resize the short side once, then crop; iddpm: as improved-diffusion, halve by box filter while the
-    short side is at least twice the resolution, resize bicubic, crop the centre."""
-    background: str = "white"
-    """Colour that transparent images are composited on: a name or #rrggbb."""
-    on_error: Literal["error", "skip"] = "error"
-    """What a row that cannot be used does: stop before training with a report, or be left out and listed."""
-    max_pixels: Count = 64_000_000
-    """Largest image accepted, in pixels, by its header (guards against decompression bombs)."""
-    min_side: Count = 8
-    """Smallest side accepted, in pixels."""
-    max_aspect_ratio: Positive = 8.0
-    """Longest side over shortest that is accepted."""
-    dataloader_num_workers: CountOrZero | None = None
-    """Loader processes per training process; unset: as many as help, at most 8."""
-
-    def __post_init__(self) -> None:
-        if self.dataset_name is not None and self.train_data_dir is not None:
-            raise ValueError(
-                f"data.dataset_name ({self.dataset_name}) and data.train_data_dir ({self.train_data_dir}) both name "
-                "the data: give one of them"
-            )
-        if self.preparation == "iddpm" and self.image_interpolation_mode != "bilinear":
-            raise ValueError(
-                f"data.image_interpolation_mode is {self.image_interpolation_mode}, but data.preparation iddpm has its "
-                "own filters (box, then bicubic): remove one of them"
-            )
 
 
 @section
