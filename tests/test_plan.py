@@ -47,13 +47,13 @@ def test_plan_of_a_small_run(trainer):
 
 
 def test_a_resumed_run_says_so(trainer):
-    trainer.step, trainer.resumed_from_processes = 4, 1
+    trainer.state.step, trainer.resumed_from_processes = 4, 1
     try:
         assert "resumes at step 4, bit for bit" in plan_text(trainer)
         trainer.resumed_from_processes = 2
         assert "resumes at step 4 with 1 processes, saved by 2" in plan_text(trainer)
     finally:
-        trainer.step, trainer.resumed_from_processes = 0, None
+        trainer.state.step, trainer.resumed_from_processes = 0, None
 
 
 def test_projected_size_is_the_size_that_is_written(trainer):

@@ -25,7 +25,7 @@ LAYERS = [
     {"ema", "grids", "small_images"},
     {"rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},
-    {"processes", "identity"},
+    {"processes", "identity", "training_state"},
     {"space", "conditions", "text_conditions", "conditioning", "model_fit"},
     {"models"},
     {"importers"},

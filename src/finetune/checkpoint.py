@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -142,32 +141,6 @@ def to_disk(folder: Path) -> None:
         if path.is_file():
             path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
         _fsync(path)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, Tensor]:
-    """The optimizer's state as tensors keyed "<parameter name>/<state name>"; names do not depend on their order."""
-    return {
-        f"{names[parameter]}/{key}": torch.as_tensor(value)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[torch.nn.Parameter, str]
-) -> None:
-    """Inverse of `optimizer_tensors`; hyperparameters stay those of `optimizer`."""
-    parameters = {name: parameter for parameter, name in names.items()}
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, state = key.rpartition("/")
-        like = parameters[name]
-        if tensor.shape == like.shape:  # the fused kernels walk raw memory: moments need the parameter's memory format
-            tensor = torch.empty_like(like, dtype=tensor.dtype, device="cpu").copy_(tensor)
-        by_name.setdefault(name, {})[state] = tensor
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {index: by_name[names[p]] for index, p in enumerate(order) if names[p] in by_name}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def folders(root: Path) -> list[Path]:

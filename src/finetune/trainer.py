@@ -33,6 +33,7 @@ from finetune.provenance import write_run_files
 from finetune.seeding import PositionRandom, key
 from finetune.signals import StopSignals, preempted
 from finetune.space import build_space
+from finetune.training_state import TrainingState, parameter_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,8 +46,7 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Trains the UNet that a TrainConfig describes.
 
-    State of a run: weights, averages and optimizer, `step` (optimizer steps done) and `batches` (global batches drawn;
-    ahead of `step` by the steps that were skipped as non-finite). Everything else is a function of these and the seed.
+    What changes meanwhile is its `state`; everything else is a function of that and the configuration.
     """
 
     def __init__(
@@ -96,16 +96,20 @@ class Trainer:
         self.has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules())
 
         self.parameters = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
-        learned = {f"objective.{name}": p for name, p in self.objective.parameters().items()}
-        self.names = {parameter: name for name, parameter in (self.parameters | learned).items()}
-        optimizer = build_optimizer(cfg.optimizer, list(self.names))
+        self.trained = list(parameter_names(self.unet, self.objective))
+        optimizer = build_optimizer(cfg.optimizer, self.trained)
         self.learning_rate = learning_rate(cfg.optimizer, self.steps)
         self.ema = Ema(self.parameters, cfg.ema) if cfg.ema.use_ema else None
         self.network, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
-
-        self.step = self.batches = self.nonfinite_steps = self.nonfinite_in_a_row = 0
+        scaler = self.accelerator.scaler
+        self.state = TrainingState(self.unet, optimizer, self.objective, ema=self.ema, scaler=scaler)
         self.resumed_from_processes: int | None = None
         self._resume()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -159,20 +163,20 @@ class Trainer:
                 self.accelerator.backward((terms.per_sample * terms.weight).mean() / self.accumulation)
             meter.add(terms)
             taken_in.append(terms)
-        self.batches += 1
+        self.state.batches += 1
         for parameter in self.objective.parameters().values():  # DDP averages those of the network only
             parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         # DDP has averaged the gradients, so this norm, and with it the decision, is the same on every process.
         max_norm = self.cfg.train.max_grad_norm or math.inf
-        grad_norm = float(self.accelerator.clip_grad_norm_(list(self.names), max_norm))
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.trained, max_norm))
         if math.isfinite(grad_norm) or self.accelerator.scaler:  # fp16's scaler skips by itself, and lowers its scale
             self.optimizer.step()
         self.optimizer.zero_grad()
         if not math.isfinite(grad_norm):
             self._skipped(meter, rows, grad_norm)
             return False
-        self.step += 1
-        self.nonfinite_in_a_row = 0
+        self.state.step += 1
+        self.state.nonfinite_in_a_row = 0
         meter.commit(grad_norm)
         for terms in taken_in:
             self.objective.update(terms, self.accelerator.gather)
@@ -185,7 +189,7 @@ class Trainer:
         x0 = self.space.encode(batch.pixel_values.to(self.accelerator.device, non_blocking=True), random)
         condition = self.conditioner(batch, random)
         if self.has_dropout:  # the one draw that torch makes for itself: keyed by batch, micro-step and process
-            torch.manual_seed(key(self.cfg.seed, "dropout", self.batches, micro, self.accelerator.process_index))
+            torch.manual_seed(key(self.cfg.seed, "dropout", self.state.batches, micro, self.accelerator.process_index))
         return self.objective.loss(bind(self.network, condition), x0, random)
 
     def _skipped(self, meter: Meter, rows: list[int], grad_norm: float) -> None:
@@ -193,20 +197,20 @@ class Trainer:
         loss_was_finite = not over_processes(self.accelerator, not meter.discard())
         if loss_was_finite and self.accelerator.scaler and self.accelerator.scaler.get_scale() >= 1:
             return
-        self.nonfinite_steps += 1
-        self.nonfinite_in_a_row += 1
+        self.state.nonfinite_steps += 1
+        self.state.nonfinite_in_a_row += 1
         log.warning(
             "step %d skipped on all processes: %s, gradient norm %s, rows of this process %s; %d in a row",
             self.step,
             "finite loss" if loss_was_finite else "non-finite loss",
             grad_norm,
             rows[:16],
-            self.nonfinite_in_a_row,
+            self.state.nonfinite_in_a_row,
         )
-        if self.nonfinite_in_a_row >= self.cfg.train.max_nonfinite_steps:
+        if self.state.nonfinite_in_a_row >= self.cfg.train.max_nonfinite_steps:
             raise NonFiniteError(
-                f"loss or gradient was NaN or infinite {self.nonfinite_in_a_row} times in a row at step {self.step} "
-                "(train.max_nonfinite_steps): lower optimizer.learning_rate, or use mixed_precision bf16 or no. "
+                f"loss or gradient was NaN or infinite {self.state.nonfinite_in_a_row} times in a row at step "
+                f"{self.step} (train.max_nonfinite_steps): lower optimizer.learning_rate, or use mixed_precision bf16 or no. "
                 f"The last finite checkpoint is kept in {self.output_dir / 'checkpoints'}."
             )
 
@@ -228,32 +232,17 @@ class Trainer:
             self.ema.snapshot(self.output_dir / "ema_snapshots")
 
     def _write_checkpoint(self) -> None:
-        parts = {
-            "model": self.unet.state_dict(),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer, self.names),
-        }
-        parts |= {"objective": learned} if (learned := self.objective.state_dict()) else {}
-        parts |= self.ema.averages if self.ema else {}
-        checkpoint.save(
-            self.output_dir / "checkpoints",
-            parts=parts,
-            state=self._state(),
-            keep=self.cfg.checkpoint.checkpoints_total_limit,
-        )
-
-    def _state(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
-        return {
-            "step": self.step,
-            "batches": self.batches,
-            "samples_seen": self.batches * self.global_batch,
-            "nonfinite_steps": self.nonfinite_steps,
-            "ema_updates": self.ema.updates if self.ema else 0,
-            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+        run = {
+            "samples_seen": self.state.batches * self.global_batch,
             "processes": self.accelerator.num_processes,
-            "grad_scaler": scaler.state_dict() if scaler else None,
             "identity": self._identity(),
         }
+        checkpoint.save(
+            self.output_dir / "checkpoints",
+            parts=self.state.parts(),
+            state=self.state.facts() | run,
+            keep=self.cfg.checkpoint.checkpoints_total_limit,
+        )
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.cfg, global_batch=self.global_batch, fingerprint=self.data.fingerprint)
@@ -264,17 +253,7 @@ class Trainer:
             found = checkpoint_to_resume(self.cfg, now=self._identity(), steps=self.steps)
         if found is None:
             return
-        self.unet.load_state_dict(found.tensors("model"))
-        checkpoint.load_optimizer(self.optimizer.optimizer, found.tensors("optimizer"), self.names)
-        if self.objective.state_dict():
-            self.objective.load_state_dict(found.tensors("objective"))
-        if self.ema:
-            self.ema.load(found.state["ema_updates"], {part: found.tensors(part) for part in self.ema.averages})
-        if self.accelerator.scaler and found.state["grad_scaler"]:
-            self.accelerator.scaler.load_state_dict(found.state["grad_scaler"])
-        self.step, self.batches = found.state["step"], found.state["batches"]
-        self.nonfinite_steps = found.state["nonfinite_steps"]
-        self.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
+        self.state.load(found)
         self.resumed_from_processes = found.state["processes"]
 
     # -- samples -------------------------------------------------------------------------------------------------------
@@ -319,7 +298,7 @@ class Trainer:
         return make_loader(
             self.data,
             self.cfg,
-            start=self.batches,
+            start=self.state.batches,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             accumulation=self.accumulation,
@@ -333,11 +312,11 @@ class Trainer:
 
     def _log_line(self, meter: Meter, bar: tqdm) -> dict[str, Any]:
         line = {
-            "epoch": self.batches * self.global_batch / len(self.data),
-            "samples_seen": self.batches * self.global_batch,
+            "epoch": self.state.batches * self.global_batch / len(self.data),
+            "samples_seen": self.state.batches * self.global_batch,
             **meter.read(),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "nonfinite_steps": self.nonfinite_steps,
+            "nonfinite_steps": self.state.nonfinite_steps,
             "peak_memory_mb": tracking.peak_memory_mb(self.accelerator),
         }
         bar.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", img_s=f"{line['images_per_second']:.1f}")

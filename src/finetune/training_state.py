@@ -1,0 +1,103 @@
+"""Everything that a resume brings back: weights, averages, optimizer, what the objective learned, and the counters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from finetune.ema import Ema
+    from finetune.objective import Objective
+
+
+class TrainingState:
+    """What changes while training, and nothing else: all other things are functions of it and the configuration."""
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        *,
+        ema: Ema | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        """unet: not wrapped. optimizer: torch's own, of the UNet's trainable parameters and the objective's."""
+        self._unet, self._optimizer, self._objective = unet, optimizer, objective
+        self._ema, self._scaler = ema, scaler
+        self._names = parameter_names(unet, objective)
+        self.step = 0
+        """Optimizer steps done."""
+        self.batches = 0
+        """Global batches drawn; ahead of `step` by the steps that were skipped as non-finite."""
+        self.nonfinite_steps = 0
+        self.nonfinite_in_a_row = 0
+
+    def parts(self) -> dict[str, Mapping[str, Tensor]]:
+        """The tensors by the part of a checkpoint that holds them; the live ones, not copies."""
+        parts = {"model": self._unet.state_dict(), "optimizer": optimizer_tensors(self._optimizer, self._names)}
+        parts |= {"objective": learned} if (learned := self._objective.state_dict()) else {}
+        return parts | (self._ema.averages if self._ema else {})
+
+    def facts(self) -> dict[str, Any]:
+        """The rest, of JSON's types."""
+        return {
+            "step": self.step,
+            "batches": self.batches,
+            "nonfinite_steps": self.nonfinite_steps,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "ema_updates": self._ema.updates if self._ema else 0,
+            "grad_scaler": self._scaler.state_dict() if self._scaler else None,
+        }
+
+    def load(self, found: Checkpoint) -> None:
+        """Take over a checkpoint of the same run."""
+        self._unet.load_state_dict(found.tensors("model"))
+        load_optimizer(self._optimizer, found.tensors("optimizer"), self._names)
+        if self._objective.state_dict():
+            self._objective.load_state_dict(found.tensors("objective"))
+        if self._ema:
+            self._ema.load(found.state["ema_updates"], {part: found.tensors(part) for part in self._ema.averages})
+        if self._scaler and found.state["grad_scaler"]:
+            self._scaler.load_state_dict(found.state["grad_scaler"])
+        self.step, self.batches = found.state["step"], found.state["batches"]
+        self.nonfinite_steps = found.state["nonfinite_steps"]
+        self.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
+
+
+def parameter_names(unet: nn.Module, objective: Objective) -> dict[nn.Parameter, str]:
+    """All that is trained -> its name; the order is the one in which an optimizer is to take them."""
+    named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
+    named += [(f"objective.{name}", p) for name, p in objective.parameters().items()]
+    return {parameter: name for name, parameter in named}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """The optimizer's state as tensors keyed "<parameter name>/<state name>"; names do not depend on their order."""
+    return {
+        f"{names[parameter]}/{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]
+) -> None:
+    """Inverse of `optimizer_tensors`; hyperparameters stay those of `optimizer`."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, state = key.rpartition("/")
+        like = parameters[name]
+        if tensor.shape == like.shape:  # the fused kernels walk raw memory: moments need the parameter's memory format
+            tensor = torch.empty_like(like, dtype=tensor.dtype, device="cpu").copy_(tensor)
+        by_name.setdefault(name, {})[state] = tensor
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {index: by_name[names[p]] for index, p in enumerate(order) if names[p] in by_name}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
