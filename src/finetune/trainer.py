@@ -210,8 +210,8 @@ class Trainer:
         if self.state.nonfinite_in_a_row >= self.cfg.train.max_nonfinite_steps:
             raise NonFiniteError(
                 f"loss or gradient was NaN or infinite {self.state.nonfinite_in_a_row} times in a row at step "
-                f"{self.step} (train.max_nonfinite_steps): lower optimizer.learning_rate, or use mixed_precision bf16 or "
-                f"no. The last finite checkpoint is kept in {self.output_dir / 'checkpoints'}."
+                f"{self.step} (train.max_nonfinite_steps): lower optimizer.learning_rate, or use mixed_precision bf16 "
+                f"or no. The last finite checkpoint is kept in {self.output_dir / 'checkpoints'}."
             )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
