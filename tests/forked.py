@@ -18,6 +18,7 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
 
+import finetune.run
 from finetune import cli
 from finetune.config import TrainConfig
 from finetune.trainer import Trainer
@@ -50,6 +51,11 @@ def run(
             raise TimeoutError(f"no end after {seconds} s; {log(cfg)}")
         time.sleep(0.01)
     return [codes[pid] for pid in pids]
+
+
+def whole(cfg: TrainConfig) -> None:
+    """A `body`: what the command line does, from the plan on the screen to the export."""
+    finetune.run.train(cfg)
 
 
 def log(cfg: TrainConfig) -> str:

@@ -1,6 +1,7 @@
 """The first screen says what the run will do, in numbers that the run then keeps."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from finetune.meter import Meter
 from finetune.plan import (
     averages_line,
+    changed_line,
     checkpoints_line,
     classes_line,
     count,
@@ -15,8 +17,10 @@ from finetune.plan import (
     plan_text,
     push_line,
     snapshots_line,
+    start_line,
     table,
 )
+from finetune.resume import Resumed
 from finetune.trainer import Trainer
 from tiny import config
 
@@ -47,13 +51,12 @@ def test_plan_of_a_small_run(trainer):
 
 
 def test_a_resumed_run_says_so(trainer):
-    trainer.state.step, trainer.resumed_from_processes = 4, 1
-    try:
-        assert "resumes at step 4, bit for bit" in plan_text(trainer)
-        trainer.resumed_from_processes = 2
-        assert "resumes at step 4 with 1 processes, saved by 2" in plan_text(trainer)
-    finally:
-        trainer.state.step, trainer.resumed_from_processes = 0, None
+    found = SimpleNamespace(step=4000)
+    assert start_line(Resumed(found, [], "bit for bit")) == "resumes at step 4,000, bit for bit"
+    changed = ["  sample.num_images: 2 -> 3", "  tracking.log_every: 1 -> 5"]
+    line = changed_line(Resumed(found, changed, "bit for bit"))
+    assert line == "sample.num_images: 2 -> 3, tracking.log_every: 1 -> 5"
+    assert changed_line(None) == "" and "changed" not in plan_text(trainer)
 
 
 def test_projected_size_is_the_size_that_is_written(trainer):

@@ -26,6 +26,7 @@ LAYERS = [
     {"rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},
     {"processes", "identity", "training_state"},
+    {"resume"},
     {"space", "conditions", "text_conditions", "conditioning", "model_fit"},
     {"models"},
     {"importers"},

@@ -1,5 +1,6 @@
 """A run that was killed and started again ends with the same bits; nothing that must not matter matters."""
 
+import re
 import signal
 from dataclasses import replace
 
@@ -7,8 +8,9 @@ import pytest
 from PIL import Image
 
 from finetune.config import Train
+from finetune.optimization import learning_rate
 from finetune.trainer import Trainer
-from forked import last_step, log, metrics, run, state
+from forked import last_step, log, metrics, run, state, whole
 from tiny import config
 
 STEPS = 9  # 72 samples of 20 rows: the run stops in the middle of its fourth epoch
@@ -122,19 +124,48 @@ def test_negative_control_what_matters_is_seen(tmp_path, reference, change):
     assert state(cfg, STEPS) != reference()[0]
 
 
-def test_other_settings_are_another_run(tmp_path):
+def test_other_settings_are_another_run_unless_they_are_allowed(tmp_path):
     cfg = config(tmp_path / "run", train={"max_train_steps": 2, "global_batch_size": 8})
     assert run(cfg) == [0], log(cfg)
-    changed = config(tmp_path / "run", seed=5, model={"dropout": 0.2})
+    changed = config(tmp_path / "run", seed=5, model={"layers_per_block": 2})
     assert run(changed) == [1]
     assert "belongs to another run" in log(cfg)
-    assert "  model.dropout: 0.1 -> 0.2\n  seed: 0 -> 5\n" in log(cfg)
-    shorter = config(tmp_path / "run", train={"max_train_steps": 1, "global_batch_size": 8})
+    assert "  model.layers_per_block: 1 -> 2\n  seed: 0 -> 5\n" in log(cfg)
+    shorter = config(tmp_path / "run", train={"max_train_steps": 1, "global_batch_size": 8}, allow_change=["train"])
     assert run(shorter) == [1]
     assert "is past the end of the run, which has 1 steps: raise train.max_train_steps" in log(cfg)
-    longer = config(tmp_path / "run", optimizer={"learning_rate": 5e-4, "lr_warmup_steps": 2})
-    assert run(longer) == [0], log(cfg)
-    assert last_step(longer) == STEPS
+
+    other = {"optimizer": {"learning_rate": 5e-4, "lr_warmup_steps": 2}, "sample": {"num_images": 3}}
+    assert run(config(tmp_path / "run", **other)) == [1]
+    assert "--allow_change optimizer.learning_rate train.max_train_steps;" in log(cfg)
+    assert last_step(cfg) == 2 and (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir(), "nothing is lost"
+    allowed = config(tmp_path / "run", **other, allow_change=["optimizer", "train.max_train_steps"])
+    assert run(allowed, body=whole) == [0], log(cfg)
+    assert "resumes at step 2, as a changed run (optimizer.learning_rate, train.max_train_steps)" in log(cfg)
+    assert "sample.num_images: 2 -> 3" in log(cfg)
+    lines = metrics(allowed)
+    assert lines[-1]["step"] == STEPS
+    schedule = learning_rate(allowed.optimizer, STEPS)
+    assert [line["lr"] for line in lines[2:]] == [schedule(step) for step in range(2, STEPS)], "the one asked for"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("optimiser", "no setting 'optimiser'"), ("seed", "seed cannot change"), ("space", "space cannot change")],
+)
+def test_what_cannot_be_allowed_is_refused_before_training(tmp_path, name, words):
+    cfg = config(tmp_path / "run", allow_change=[name])
+    assert run(cfg) == [2] and words in log(cfg)
+
+
+def test_the_promise_is_said_with_its_reason(tmp_path):
+    cfg = config(tmp_path / "run")
+    assert run(cfg, body=whole, stop=(3, signal.SIGTERM)) == [75], log(cfg)
+    assert run(cfg, body=whole, stop=(5, signal.SIGTERM)) == [75], log(cfg)
+    assert re.search(r"resumes at step \d, bit for bit\n", log(cfg))
+    split = config(tmp_path / "run", train={"gradient_accumulation_steps": 2, "global_batch_size": 8})
+    assert run(split, body=whole) == [0], log(cfg)
+    assert "rounded differently (accumulation 1 -> 2; micro_batch 8 -> 4)" in log(cfg)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):

@@ -28,7 +28,7 @@ from finetune.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})")
 
 

@@ -57,6 +57,8 @@ class Train:
     """torch.compile the UNet in place."""
     allow_tf32: bool = False
     """TensorFloat-32 matrix products on Ampere and later."""
+    deterministic: bool = False
+    """Only kernels that add in a fixed order: slower on a GPU, where a resume is bit for bit only with it."""
 
     def __post_init__(self) -> None:
         if self.global_batch_size is not None and self.train_batch_size is not None:
@@ -194,6 +196,9 @@ class TrainConfig:
     """Seed of every draw."""
     resume_from_checkpoint: str = "latest"
     """"latest": go on where output_dir stopped, if it did; or the path of one checkpoint."""
+    allow_change: Words = ()
+    """What may differ from the checkpoint that is gone on from: a setting such as optimizer.learning_rate, a section
+    such as optimizer, or data.content. What nothing hangs on, such as sample.*, may always."""
     data: Data
     space: Space = Field(default_factory=PixelSpace)
     conditioning: Conditioning = Field(default_factory=Unconditional)

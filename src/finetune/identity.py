@@ -1,62 +1,129 @@
-"""What makes two starts the same run, and which checkpoint a start goes on from."""
+"""What makes two starts the same run: each setting may never change, may if it is asked for, or may at any time."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
-from finetune import checkpoint
-from finetune.checkpoint import Checkpoint
 from finetune.config import TrainConfig
-from finetune.config_tree import SETTINGS
-from finetune.errors import CheckpointError
 from finetune.provenance import published_config
 
+Rule = Literal["fixed", "asked", "free"]
 
-def identity(cfg: TrainConfig, *, global_batch: int, fingerprint: str) -> dict[str, Any]:
-    """What a run must keep from its first to its last step, by the name of the setting; fingerprint: of the data.
+RULES: tuple[tuple[str, Rule], ...] = (
+    # What changes which pictures, losses and steps come; the weights still fit, so that it can be meant.
+    ("*.condition_dropout", "asked"),
+    ("conditioning.dropout_draws", "asked"),
+    ("model.dropout", "asked"),
+    ("objective.kind", "fixed"),
+    ("objective.prediction_type", "fixed"),
+    ("objective.*", "asked"),
+    ("optimizer.*", "asked"),
+    ("ema.ema_max_decay", "fixed"),
+    ("ema.ema_*", "asked"),
+    ("train.max_train_steps", "asked"),
+    ("train.max_grad_norm", "asked"),
+    ("train.mixed_precision", "asked"),
+    ("data.content", "asked"),
+    ("data.resolution", "asked"),
+    ("data.center_crop", "asked"),
+    ("data.random_flip", "asked"),
+    ("data.image_interpolation_mode", "asked"),
+    ("data.preparation", "asked"),
+    ("data.background", "asked"),
+    # What the saved weights, averages and random draws belong to.
+    ("seed", "fixed"),
+    ("space.*", "fixed"),
+    ("model.*", "fixed"),
+    ("conditioning.*", "fixed"),
+    ("data.channels", "fixed"),
+    ("ema.use_ema", "fixed"),
+    ("ema.relative_widths", "fixed"),
+    ("train.global_batch_size", "fixed"),
+    # Where the data lie and which rows of them count is seen by their content.
+    ("data.data*", "free"),
+    ("data.train_data_dir", "free"),
+    ("data.revision", "free"),
+    ("data.split", "free"),
+    ("data.*_column", "free"),
+    ("data.label_from_filename", "free"),
+    ("data.max_*", "free"),
+    ("data.min_side", "free"),
+    ("data.on_error", "free"),
+    ("ema.snapshot_every", "free"),
+    # Another split of the same global batch, or other kernels for the same numbers.
+    ("train.num_train_epochs", "free"),
+    ("train.train_batch_size", "free"),
+    ("train.gradient_*", "free"),
+    ("train.max_nonfinite_steps", "free"),
+    ("train.channels_last", "free"),
+    ("train.compile", "free"),
+    ("train.allow_tf32", "free"),
+    ("train.deterministic", "free"),
+    ("checkpoint.*", "free"),
+    ("tracking.*", "free"),
+    ("sample.*", "free"),
+    ("hub.*", "free"),
+    ("output_dir", "free"),
+    ("resume_from_checkpoint", "free"),
+    ("allow_change", "free"),
+)
+"""The first pattern that fits the name of a setting holds."""
 
-    Local paths count by their last part: the same VAE or text encoder may have been moved.
+UNTOLD = ("output_dir", "resume_from_checkpoint", "allow_change", "hub.*")
+"""Free settings of which a resume does not say that they changed: they are of this start, not of the run."""
+
+
+def rule_of(name: str) -> Rule:
+    """Whether the setting `name` may change at a resume: never (fixed), if asked for by allow_change, or freely."""
+    return next(rule for pattern, rule in RULES if fnmatchcase(name, pattern))
+
+
+def run_settings(
+    cfg: TrainConfig, *, global_batch: int, steps: int, mixed_precision: str, fingerprint: str
+) -> dict[str, Any]:
+    """All settings of a run by name, as its checkpoints keep them: local paths by their last part, for what is there
+    may have been moved; numbers that the launcher decides, worked out; the content of the data by its fingerprint.
+
+    steps: the length of the run, which counts only where the learning rate follows it.
     """
-    sections = json.loads(json.dumps(dataclasses.asdict(published_config(cfg))))
-    kept = {name: sections[name] for name in ("seed", "space", "conditioning", "model", "objective", "ema")}
-    views = ("resolution", "channels", "preparation", "center_crop", "random_flip", "image_interpolation_mode")
-    kept |= {"data": {name: sections["data"][name] for name in (*views, "background")}}
-    return _flat("", kept | {"global_batch_size": global_batch, "content of the data": fingerprint})
+    values = _flat("", json.loads(json.dumps(dataclasses.asdict(published_config(cfg)))))
+    by_length = not cfg.optimizer.lr_scheduler.startswith("constant")
+    return values | {
+        "train.global_batch_size": global_batch,
+        "train.max_train_steps": steps if by_length else None,
+        "train.mixed_precision": mixed_precision,
+        "data.content": fingerprint,
+    }
 
 
-def checkpoint_to_resume(cfg: TrainConfig, *, now: dict[str, Any], steps: int) -> Checkpoint | None:
-    """The checkpoint that cfg.resume_from_checkpoint means; None for a fresh start.
+@dataclass(frozen=True)
+class Changes:
+    """The names of the settings that differ between a checkpoint and this start, by what is to be done about it."""
 
-    now: the identity of this start. steps: the length of the run. Raises CheckpointError if the checkpoint is of
-    another run, past the end of this one, or older than one that stands in output_dir.
-    """
-    root = Path(cfg.output_dir) / "checkpoints"
-    if cfg.resume_from_checkpoint == "latest":
-        found = checkpoint.latest(root)
-    else:
-        found = checkpoint.load(Path(cfg.resume_from_checkpoint))
-    if found is None:
-        return None
-    saved = _defaults_of(now) | found.state["identity"]
-    if changed := [name for name in sorted(now.keys() | saved.keys()) if saved.get(name) != now.get(name)]:
-        lines = [f"  {name}: {saved.get(name)} -> {now.get(name)}" for name in changed]
-        raise CheckpointError(
-            f"{found.path} belongs to another run; it was saved with other settings:\n" + "\n".join(lines) +
-            "\nSet them back, or choose another output_dir for the new run."
-        )  # fmt: skip
-    if found.step < (newest := checkpoint.newest_step(root) or 0):
-        raise CheckpointError(
-            f"resume_from_checkpoint {found.path}: {root} holds a newer step {newest}. To go on from that one leave "
-            "the setting out; to go back, move the newer ones away."
-        )
-    if found.step > steps:
-        raise CheckpointError(
-            f"{found.path} is past the end of the run, which has {steps} steps: raise train.max_train_steps (or "
-            "num_train_epochs), or choose another output_dir"
-        )
+    fixed: list[str]
+    asked: list[str]
+    """Those that allow_change does not name."""
+    allowed: list[str]
+    """Those that it does."""
+    free: list[str]
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any], *, allow: Collection[str]) -> Changes:
+    """Compare two `run_settings`. allow: names of settings, or of whole sections of them."""
+    found = Changes([], [], [], [])
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) == now.get(name):
+            continue
+        rule = rule_of(name)
+        if rule == "asked" and any(name == one or name.startswith(f"{one}.") for one in allow):
+            found.allowed.append(name)
+        elif rule != "free" or not any(fnmatchcase(name, pattern) for pattern in UNTOLD):
+            getattr(found, rule).append(name)
     return found
 
 
@@ -66,12 +133,3 @@ def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(f"{prefix}{name}.", value) if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-def _defaults_of(now: dict[str, Any]) -> dict[str, Any]:
-    """The settings of `now` that are at a default: a checkpoint from before a setting existed was trained with that."""
-
-    def known(name: str) -> list[Any]:
-        return [json.loads(json.dumps(one.default, default=str)) for one in SETTINGS.get(name, ())]
-
-    return {name: value for name, value in now.items() if value in known(name)}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from finetune.config_levels import Levels, Loss, Weighting
+    from finetune.resume import Resumed
     from finetune.trainer import Trainer
 
 
@@ -34,7 +35,8 @@ def plan_text(trainer: Trainer) -> str:
             "averages": averages_line(cfg),
             "device": f"{processes} x {trainer.accelerator.device.type}, network in "
             f"{trainer.accelerator.mixed_precision.replace('no', 'float32')}, seed {cfg.seed}",
-            "start": start_line(trainer.step, trainer.resumed_from_processes, processes),
+            "start": start_line(trainer.resumed),
+            "changed": changed_line(trainer.resumed),
             "checkpoints": checkpoints_line(trainer.unet, cfg),
             "snapshots": snapshots_line(trainer.unet, cfg, trainer.steps),
             "samples": samples_line(cfg),
@@ -44,13 +46,14 @@ def plan_text(trainer: Trainer) -> str:
     )
 
 
-def start_line(step: int, before: int | None, now: int) -> str:
-    """Where the run begins and, if it goes on, how exactly; before, now: numbers of processes."""
-    if before is None:
-        return "at step 0"
-    if before == now:
-        return f"resumes at step {step:,}, bit for bit on the same kind of machine with the same number of threads"
-    return f"resumes at step {step:,} with {now} processes, saved by {before}: same samples and noise, other rounding"
+def start_line(resumed: Resumed | None) -> str:
+    """Where the run begins and, if it goes on, how exactly."""
+    return "at step 0" if resumed is None else f"resumes at step {resumed.found.step:,}, {resumed.promise}"
+
+
+def changed_line(resumed: Resumed | None) -> str:
+    """The settings that differ from those of the checkpoint; empty if none do."""
+    return "" if resumed is None else ", ".join(line.strip() for line in resumed.changed)
 
 
 def table(rows: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import InitProcessGroupKwargs
 
 from finetune import tracking
-from finetune.config import TrainConfig
+from finetune.config import Train, TrainConfig
 from finetune.errors import ConfigError
 
 
@@ -37,6 +38,14 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
         )
     accelerator.gradient_accumulation_steps = 1  # accumulated by the loop, in windows that do not end with an epoch
     return accelerator
+
+
+def set_kernels(cfg: Train) -> None:
+    """Let torch use the kernels that cfg.train allows, on every device of this process."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.allow_tf32
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS, by its own error
+    torch.use_deterministic_algorithms(cfg.deterministic)
 
 
 def over_processes(accelerator: Accelerator, number: int) -> int:

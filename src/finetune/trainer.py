@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Collection, Iterator
@@ -22,14 +23,15 @@ from finetune.config_launch import batch_plan
 from finetune.data import open_data
 from finetune.ema import Ema, drop_snapshots_after
 from finetune.errors import NonFiniteError, surviving
-from finetune.identity import checkpoint_to_resume, identity
+from finetune.identity import run_settings
 from finetune.meter import Meter
 from finetune.models import bind, build_unet
 from finetune.objective import LossTerms, Objective, build_objective
 from finetune.optimization import build_optimizer, learning_rate
 from finetune.pipelines import build_pipeline
-from finetune.processes import build_accelerator, over_processes
-from finetune.provenance import write_run_files
+from finetune.processes import build_accelerator, over_processes, set_kernels
+from finetune.provenance import run_facts, write_run_files
+from finetune.resume import Resumed, RunFacts, find_checkpoint
 from finetune.seeding import PositionRandom, key
 from finetune.signals import StopSignals, preempted
 from finetune.space import build_space
@@ -68,7 +70,7 @@ class Trainer:
         self.accelerator = build_accelerator(cfg)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.train.allow_tf32
+        set_kernels(cfg.train)
         self.global_batch, self.accumulation, self.micro_batch = batch_plan(cfg, self.accelerator.num_processes)
 
         with self.accelerator.local_main_process_first():  # its check of the data is cached for the others
@@ -103,8 +105,7 @@ class Trainer:
         self.network, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
         scaler = self.accelerator.scaler
         self.state = TrainingState(self.unet, optimizer, self.objective, ema=self.ema, scaler=scaler)
-        self.resumed_from_processes: int | None = None
-        self._resume()
+        self.resumed = self._resume()
 
     @property
     def step(self) -> int:
@@ -234,8 +235,7 @@ class Trainer:
     def _write_checkpoint(self) -> None:
         run = {
             "samples_seen": self.state.batches * self.global_batch,
-            "processes": self.accelerator.num_processes,
-            "identity": self._identity(),
+            **dataclasses.asdict(self._run_facts()),
         }
         checkpoint.save(
             self.output_dir / "checkpoints",
@@ -244,17 +244,28 @@ class Trainer:
             keep=self.cfg.checkpoint.checkpoints_total_limit,
         )
 
-    def _identity(self) -> dict[str, Any]:
-        return identity(self.cfg, global_batch=self.global_batch, fingerprint=self.data.fingerprint)
+    def _run_facts(self) -> RunFacts:
+        facts, train = run_facts(self.cfg), self.cfg.train
+        split = {"accumulation": self.accumulation, "micro_batch": self.micro_batch}
+        kernels = {name: getattr(train, name) for name in ("channels_last", "compile", "gradient_checkpointing")}
+        return RunFacts(
+            settings=run_settings(
+                self.cfg,
+                global_batch=self.global_batch,
+                steps=self.steps,
+                mixed_precision=self.accelerator.mixed_precision,
+                fingerprint=self.data.fingerprint,
+            ),
+            machine=facts["versions"] | facts["environment"] | split | kernels,
+        )
 
-    def _resume(self) -> None:
+    def _resume(self) -> Resumed | None:
         """Take over the checkpoint that cfg.resume_from_checkpoint means, if there is one."""
         with self.accelerator.main_process_first():  # a broken one is renamed by the first that sees it
-            found = checkpoint_to_resume(self.cfg, now=self._identity(), steps=self.steps)
-        if found is None:
-            return
-        self.state.load(found)
-        self.resumed_from_processes = found.state["processes"]
+            resumed = find_checkpoint(self.cfg, self._run_facts(), steps=self.steps)
+        if resumed is not None:
+            self.state.load(resumed.found)
+        return resumed
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
