@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,20 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
     events = EventAccumulator(str(file)).Reload()
     logged = [(e.step, e.value) for e in events.Scalars("loss")]
     assert logged == [(line["step"], pytest.approx(line["loss"])) for line in metrics(cfg)]
+
+
+def test_tensorboard_shows_no_step_twice_after_a_kill(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracking = {"report_to": "tensorboard"}
+    cfg = config(tmp_path / "run", tracking=tracking, checkpoint={"checkpointing_steps": 4})
+    assert run(cfg, stop=(6, signal.SIGKILL)) == [-signal.SIGKILL]
+    assert run(cfg) == [0], log(cfg)
+    folder = Path(cfg.output_dir) / "logs" / "finetune"
+    written = [e.step for file in folder.glob("events*") for e in EventAccumulator(str(file)).Reload().Scalars("loss")]
+    shown = [e.step for e in EventAccumulator(str(folder)).Reload().Scalars("loss")]
+    assert len(written) > len(set(written)), "steps were done again"
+    assert shown == list(range(1, 10))
 
 
 def test_tracker_that_is_not_there_is_refused_before_training(tmp_path):

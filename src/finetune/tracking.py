@@ -46,7 +46,10 @@ class Tracker:
             return
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         self._path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= resumed_step))
-        self._guarded(accelerator.init_trackers, cfg.tracking.tracker_project_name, config=flat(cfg))
+        # TensorBoard would show the steps that are done again twice.
+        once = {"tensorboard": {"purge_step": resumed_step + 1}}
+        name = cfg.tracking.tracker_project_name
+        self._guarded(accelerator.init_trackers, name, config=flat(cfg), init_kwargs=once)
 
     def log(self, values: Mapping[str, Any], *, step: int) -> None:
         """One line for this optimizer step. Values are numbers, strings or None."""
