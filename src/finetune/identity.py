@@ -23,7 +23,8 @@ def identity(cfg: TrainConfig, *, global_batch: int, fingerprint: str) -> dict[s
     sections = json.loads(json.dumps(dataclasses.asdict(published_config(cfg))))
     kept = {name: sections[name] for name in ("seed", "space", "conditioning", "model", "objective", "ema")}
     views = ("resolution", "channels", "preparation", "center_crop", "random_flip", "image_interpolation_mode")
-    kept |= {"data": {name: sections["data"][name] for name in (*views, "background")}}
+    order = ("streaming", "shuffle_buffer_size")
+    kept |= {"data": {name: sections["data"][name] for name in (*views, "background", *order)}}
     return _flat("", kept | {"global_batch_size": global_batch, "content of the data": fingerprint})
 
 
