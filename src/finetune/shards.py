@@ -36,6 +36,8 @@ class _Footer:
     """Rows of each row group."""
     features: Features
     """The columns as `datasets` describes them, by what it wrote into the schema or by their types."""
+    size: int
+    """Bytes of the file."""
     digest: bytes
     """Of the footer and the size of the file."""
 
@@ -46,6 +48,8 @@ class Shards:
 
     files: tuple[str, ...]
     """Paths, or hf:// addresses with a commit."""
+    sizes: tuple[int, ...]
+    """Bytes of each file."""
     units: Units
     """The row groups of all files that are not empty."""
     places: np.ndarray
@@ -110,13 +114,17 @@ class Shards:
         what = f"{self.files[number]}, row group {group} (rows {first} to {first + count - 1} of the data)"
         try:
             with _open(self.files[number]) as opened:
+                if (size := opened.seek(0, 2)) != self.sizes[number]:
+                    raise DataError(
+                        f"{self.files[number]} changed since it was opened: it has {size} bytes now, not "
+                        f"{self.sizes[number]}"
+                    )
                 file = pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
-                table = file.read_row_group(group, columns=self.column_names, use_threads=False)
+                return file.read_row_group(group, columns=self.column_names, use_threads=False)
+        except DataError:
+            raise
         except Exception as error:  # pyarrow, fsspec, the Hub client and httpx share no base class
             raise DataError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
-        if len(table) != count:
-            raise DataError(f"{what} changed since it was opened: it has {len(table)} rows now, not {count}")
-        return table
 
 
 def open_shards(
@@ -150,6 +158,7 @@ def open_shards(
     digest = hashlib.blake2b(b"".join(footer.digest for footer in footers), digest_size=16)
     return Shards(
         files=tuple(files),
+        sizes=tuple(footer.size for footer in footers),
         units=Units(np.cumsum(table[:, 2]) - table[:, 2], table[:, 2]),
         places=table[:, :2],
         features=_with_class_names(first, declared or {}),
@@ -177,7 +186,7 @@ def _footer(file: str) -> _Footer:
         parsed = pq.ParquetFile(pa.BufferReader(end))  # which needs no more of a file than its footer
         counts = [parsed.metadata.row_group(group).num_rows for group in range(parsed.num_row_groups)]
         digest = hashlib.blake2b(size.to_bytes(8, "little") + end, digest_size=16).digest()
-        return _Footer(counts, Features.from_arrow_schema(parsed.schema_arrow), digest)
+        return _Footer(counts, Features.from_arrow_schema(parsed.schema_arrow), size, digest)
     except Exception as error:  # as in Shards._read
         raise DataError(f"{file} is not a Parquet file that can be read: {type(error).__name__}: {error}") from error
 

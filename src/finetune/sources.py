@@ -23,6 +23,7 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from huggingface_hub import constants
 
 from finetune.config import Data
 from finetune.config_data import PACK, SHUFFLE_BUFFER_SIZE
@@ -108,7 +109,7 @@ def _from_hub(data: Data, named: str) -> Source:
 
 def _caches() -> tuple[str, ...]:
     """The only folders that data from the Hub may name files in."""
-    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, datasets.config.HF_HUB_CACHE)
+    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
     return tuple(os.path.realpath(folder) for folder in caches)
 
 
@@ -146,13 +147,14 @@ def _stream_path(path: Path, data: Data) -> Source:
                 f"{path} is a folder of images, but data.streaming reads Parquet files: remove data.streaming; or "
                 f"{PACK}"
             )
-        tables = _tables_of_split([root / table for table in listing.tables], root, data.split)
+        tables = [root / table for table in listing.tables]
     others = [table.name for table in tables if table.suffix.lower() != ".parquet"]
     if others or not tables:
         raise DataError(
             f"data.streaming reads Parquet files, and {path} holds {others[0] if others else 'none'}: convert it with "
             "datasets (load_dataset or load_from_disk, then to_parquet), or remove data.streaming"
         )
+    tables = _tables_of_split(tables, root, data.split) if path.is_dir() else tables
     shards = open_shards([str(table) for table in tables], buffer_size=_buffer_size(data))
     return Source(name=str(path), dataset=shards, folders=(os.path.realpath(root),), problems=[])
 
