@@ -59,6 +59,7 @@ def test_rows_by_number(tmp_path):
     assert data[numbers] == {name: [values[n] for n in numbers] for name, values in expected.items()}
     assert data.select_columns(["text"])[[7]] == {"text": ["text 7"]}
     assert list(data.units) == list(range(12))
+    assert [Path(data.file_of(number)).stem for number in (0, 4, 5, 8, 9, 11)] == list("001122")
 
 
 def test_a_row_group_is_read_when_wanted_and_held_within_the_buffer(tmp_path, reads):
@@ -73,6 +74,13 @@ def test_a_row_group_is_read_when_wanted_and_held_within_the_buffer(tmp_path, re
     small = shards(tmp_path, buffer_size=1)
     small[[0, 1, 2]]
     assert reads[-1] == 0 and len(small._held) == 1  # one that is larger than the buffer is held alone
+
+
+def test_row_groups_larger_than_the_buffer_are_told_of(tmp_path, caplog):
+    shards(tmp_path, buffer_size=4)
+    assert not caplog.text
+    shards(tmp_path, buffer_size=3)
+    assert "has 4 rows, more than data.shuffle_buffer_size 3" in caplog.text
 
 
 def test_the_one_used_least_recently_makes_room(tmp_path, reads):

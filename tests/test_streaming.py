@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import pickle
 import re
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, Features
+from datasets import Dataset, Features, List, Value
 from PIL import Image
 
 from fake_hub import FakeHub, Reply
@@ -24,6 +25,8 @@ from finetune.config import TrainConfig
 from finetune.data import Sample, TrainData, open_data
 from finetune.errors import ConfigError, DataError
 from finetune.order import RowOrder, UnitOrder
+from finetune.plan import data_line
+from finetune.shards import Shards
 from forked import last_step, log, metrics, run, state
 from tiny import ROOT, config
 
@@ -83,10 +86,12 @@ def test_the_samples_are_those_of_loaded_data(digits):
         assert all(same(one, other) for one, other in pairs)
     assert not same(*stream.samples([0, 1], [0, 0]))
     assert stream.image_bytes(9) == loaded.image_bytes(9)
+    shown = "23 images, streamed from 6 row groups of 4 shards, -> 8x8"
+    assert data_line(stream.facts, streamed(Path("unused"), Path("digits"))) == f"digits: {shown}"
     assert stream.facts == {"rows_found": 23, "rows": 23, "left_out": 0, "shards": 4, "row_groups": 6}
 
 
-def seen(data: TrainData, cfg: TrainConfig, steps: range, workers: int, **layout) -> list[tuple[int, int]]:
+def seen(data: TrainData, steps: range, workers: int, **layout) -> list[tuple[int, int]]:
     """(position, row) of all samples of these steps."""
     layout = {"rank": 0, "world_size": 1, "accumulation": 1, "micro_batch": 8} | layout
     cfg = streamed(Path("unused"), Path("unused"), workers=workers)
@@ -99,19 +104,26 @@ def seen(data: TrainData, cfg: TrainConfig, steps: range, workers: int, **layout
 def test_a_shuffled_stream_that_is_resumed_loses_nothing(digits, workers):
     """As a resumed `datasets` stream with a shuffle buffer does, which with two workers ends with an IndexError."""
     data = opened(digits)
-    cfg = streamed(Path("unused"), digits)
-    pairs = seen(data, cfg, range(4), workers[0]) + seen(data, cfg, range(4, 9), workers[1])
+    pairs = seen(data, range(4), workers[0]) + seen(data, range(4, 9), workers[1])
     assert [position for position, _ in pairs] == list(range(72))
     epochs = [[row for _, row in pairs[start : start + 23]] for start in range(0, 69, 23)]
     assert all(sorted(rows) == list(range(23)) for rows in epochs) and epochs[0] != epochs[1]
 
 
+def test_a_resume_reads_what_its_batch_needs(digits, monkeypatch):
+    data, read, units = pickle.loads(pickle.dumps(opened(digits))), Shards._read, []  # as in a loader process
+    monkeypatch.setattr(Shards, "_read", lambda self, unit, count: units.append(unit) or read(self, unit, count))
+    pairs = seen(data, range(7, 8), 0)
+    ends = np.cumsum(list(itertools.chain(*GROUPS)))
+    assert sorted(units) == sorted({int(np.searchsorted(ends, row, side="right")) for _, row in pairs})
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_take_the_rows_of_one(digits, world_size):
-    data, cfg = opened(digits), streamed(Path("unused"), digits)
+    data = opened(digits)
     layout = {"world_size": world_size, "micro_batch": 8 // world_size}
-    shared = [pair for rank in range(world_size) for pair in seen(data, cfg, range(6), 0, rank=rank, **layout)]
-    assert sorted(shared) == seen(data, cfg, range(6), 0)
+    shared = [pair for rank in range(world_size) for pair in seen(data, range(6), 0, rank=rank, **layout)]
+    assert sorted(shared) == seen(data, range(6), 0)
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
@@ -208,9 +220,35 @@ def test_the_first_rows_are_checked(tmp_path, caplog):
     assert "row 2 (2.png): is not a PNG" in caplog.text
 
 
-def png(seed: int) -> bytes:
+def test_a_row_that_is_bad_when_it_is_drawn_is_named_with_its_shard(tmp_path):
+    contents = [png(n) for n in range(20)] + [b"<html>"]
+    images = [{"bytes": content, "path": None} for content in contents]
+    Dataset.from_dict({"image": images}, Features({"image": IMAGE})).to_parquet(tmp_path / "x.parquet")
+    data = open_data(plain(tmp_path), progress=False)
+    with pytest.raises(DataError, match=r"^row 20 of .*x\.parquet is not a PNG.*\)$"):
+        data.samples([19, 20], [0, 0])
+
+
+def test_small_images_and_captions_are_those_of_loaded_data(tmp_path):
+    columns = {"image": [png(n, 16) for n in range(6)], "small": [png(n, 8) for n in range(6)]}
+    columns = {name: [{"bytes": content, "path": None} for content in cells] for name, cells in columns.items()}
+    columns["text"] = [[f"one {n}", f"two {n}"] for n in range(6)]
+    rows = Dataset.from_dict(columns, Features({"image": IMAGE, "small": IMAGE, "text": List(Value("string"))}))
+    rows.to_parquet(tmp_path / "x.parquet", batch_size=4)
+    text = {"text_encoder": "unused", "tokenizer": "unused"}
+    both = {"kind": "several", "pooled_text": text, "low_res": {"factor": 2}}
+    samples = []
+    for streaming in (True, False):
+        data = {"resolution": 8, "low_res_column": "small", "streaming": streaming}
+        cfg = TrainConfig(output_dir="x", data=data | {"dataset_name": str(tmp_path / "x.parquet")}, conditioning=both)
+        samples.append(open_data(cfg, progress=False).samples(range(6), [2] * 6))
+    assert all(same(*pair) and torch.equal(*(one.low_res for one in pair)) for pair in zip(*samples, strict=True))
+    assert all(one.caption == other.caption for one, other in zip(*samples, strict=True))
+
+
+def png(seed: int, side: int = 9) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (9, 9, 3), np.uint8)).save(file, "PNG")
+    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (side, side, 3), np.uint8)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -274,6 +312,8 @@ def test_class_names_are_needed(tmp_path, digits):
     ("settings", "message"),
     [
         ({"shuffle_buffer_size": 10}, "without data.streaming"),
+        ({"streaming": True, "dataset_name": "a/b", "split": "train[:9]"}, "name one split"),
+        ({"streaming": True, "dataset_name": "a/b", "split": "train+test"}, "name one split"),
         ({"streaming": True, "train_data_dir": "photos"}, "is a folder of images"),
         ({"streaming": True, "dataset_name": "a/b", "label_from_filename": True}, "names of all images"),
         ({"streaming": True, "dataset_name": "a/b", "shuffle_buffer_size": 0}, "greater than"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from finetune.config_types import Count, CountOrZero, Positive, Words, section
@@ -93,6 +94,11 @@ class Data:
             raise ValueError(
                 f"data.train_data_dir ({self.train_data_dir}) is a folder of images, but data.streaming reads Parquet "
                 f"files: remove data.streaming; or {PACK} and name them by data.dataset_name"
+            )
+        if not re.fullmatch(r"[\w.-]+", self.split):
+            raise ValueError(
+                f"data.split {self.split} is more or less than one split, which data.streaming does not take: name one "
+                "split, and limit its rows by data.max_train_samples"
             )
         if self.label_from_filename:
             raise ValueError(

@@ -90,7 +90,8 @@ class TrainData:
             small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
             options, label = self.table.captions(row), self.table.label(row)
         except BadRow as problem:
-            raise DataError(f"{row.name} {problem}; it was usable when the data was checked") from None
+            checked = "" if isinstance(self.rows, Units) else "; it was usable when the data was checked"
+            raise DataError(f"{self.table.name(row)} {problem}{checked}") from None
         place = {"seed": self.seed, "epoch": epoch, "row": row.number}
         made = prepare(image, self.rules, **place, small=small, factor=self.factor)
         caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]

@@ -81,6 +81,11 @@ class Rows:
             for n, image, cells, label, other in zip(numbers, images, captions, labels, small, strict=True)
         ]
 
+    def name(self, row: Row) -> str:
+        """What an error calls a row: its name, and the shard that holds it."""
+        shard = self.dataset.file_of(row.number) if isinstance(self.dataset, Shards) else None
+        return f"{row.name} of {shard}" if shard else row.name
+
     def file(self, row: Row) -> str | None:
         """The file that holds the image; None if the row itself does. Raises BadRow outside the data's folders."""
         if row.content is not None:

@@ -8,6 +8,7 @@ read last, together at most `buffer_size` rows, or one row group where that has 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from finetune.errors import DataError
 from finetune.order import Units
 
+log = logging.getLogger(__name__)
 READERS = 16  # footers that are read at a time: on the Hub each takes its round trips
 END = 1 << 16  # bytes at the end of a shard that are read first: most footers are shorter
 
@@ -83,6 +85,11 @@ class Shards:
     def _fingerprint(self) -> str:
         """As of a `datasets.Dataset`: changes with the data."""
         return self.footers
+
+    def file_of(self, number: int) -> str:
+        """The shard that holds the row with this number."""
+        unit = int(np.searchsorted(self.units.ends, number, side="right"))
+        return self.files[int(self.places[unit, 0])]
 
     def select_columns(self, columns: Sequence[str]) -> Shards:
         """The same rows with these columns alone: the others are not read."""
@@ -155,6 +162,13 @@ def open_shards(
     if not places:
         raise DataError(f"{files[0]} and all other shards ({len(files)}) have no rows")
     table = np.array(places, np.int64)
+    if (most := int(table[:, 2].max())) > buffer_size:
+        log.warning(
+            "the largest row group of the data has %d rows, more than data.shuffle_buffer_size %d: it is held whole, "
+            "and row groups are not mixed; write the data with smaller ones, or raise the setting",
+            most,
+            buffer_size,
+        )
     digest = hashlib.blake2b(b"".join(footer.digest for footer in footers), digest_size=16)
     return Shards(
         files=tuple(files),
