@@ -76,11 +76,11 @@ def test_a_row_group_is_read_when_wanted_and_held_within_the_buffer(tmp_path, re
     assert reads[-1] == 0 and len(small._held) == 1  # one that is larger than the buffer is held alone
 
 
-def test_row_groups_larger_than_the_buffer_are_told_of(tmp_path, caplog):
-    shards(tmp_path, buffer_size=4)
+def test_row_groups_too_large_to_be_mixed_are_told_of(tmp_path, caplog):
+    shards(tmp_path, buffer_size=8)
     assert not caplog.text
-    shards(tmp_path, buffer_size=3)
-    assert "has 4 rows, more than data.shuffle_buffer_size 3" in caplog.text
+    shards(tmp_path, buffer_size=7)
+    assert "row groups of up to 4 rows are held whole" in caplog.text
 
 
 def test_the_one_used_least_recently_makes_room(tmp_path, reads):

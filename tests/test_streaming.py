@@ -24,7 +24,7 @@ from finetune.batching import make_loader
 from finetune.config import TrainConfig
 from finetune.data import Sample, TrainData, open_data
 from finetune.errors import ConfigError, DataError
-from finetune.order import RowOrder, UnitOrder
+from finetune.order import RowOrder
 from finetune.plan import data_line
 from finetune.shards import Shards
 from forked import last_step, log, metrics, run, state
@@ -61,8 +61,8 @@ def write_shards(folder: Path) -> None:
 
 
 def streamed(output_dir: Path, digits: Path, workers: int = 0, **sections) -> TrainConfig:
-    """The tiny run on the shards, mixing three or four row groups at a time."""
-    data = {"dataset_name": str(digits), "streaming": True, "max_train_samples": None, "shuffle_buffer_size": 20}
+    """The tiny run on the shards, mixing four of the six row groups at a time."""
+    data = {"dataset_name": str(digits), "streaming": True, "max_train_samples": None, "shuffle_buffer_size": 60}
     data |= {"dataloader_num_workers": workers} | sections.pop("data", {})
     return config(output_dir, data=data, **{"train": {"max_train_steps": STEPS, "global_batch_size": 8}} | sections)
 
@@ -79,7 +79,7 @@ def test_the_samples_are_those_of_loaded_data(digits):
     stream = opened(digits)
     loaded = opened(digits.parent / "loaded.parquet", streaming=False, shuffle_buffer_size=None)
     assert len(stream) == len(loaded) == 23 and stream.class_names == loaded.class_names
-    assert isinstance(stream.order(), UnitOrder) and isinstance(loaded.order(), RowOrder)
+    assert stream.order(global_batch=8).lanes == 4 and isinstance(loaded.order(global_batch=8), RowOrder)
     numbers = [22, 0, 7, 7, 15]
     for epoch in (0, 3):
         pairs = zip(stream.samples(numbers, [epoch] * 5), loaded.samples(numbers, [epoch] * 5), strict=True)
@@ -176,7 +176,7 @@ def test_a_changed_order_or_changed_shards_are_another_run(tmp_path, digits):
     cfg = streamed(tmp_path / "run", digits, train=train)
     assert run(cfg) == [0], log(cfg)
     assert run(streamed(tmp_path / "run", digits, data={"shuffle_buffer_size": 30})) == [1]
-    assert "data.shuffle_buffer_size: 20 -> 30" in log(cfg)
+    assert "data.shuffle_buffer_size: 60 -> 30" in log(cfg)
     assert run(streamed(tmp_path / "run", digits, data={"max_train_samples": 20})) == [1]
     assert log(cfg).count("content of the data") == 1
 
@@ -202,7 +202,7 @@ def test_a_damaged_shard_ends_the_run_with_its_name(tmp_path):
 def test_of_many_rows_some_are_drawn_by_the_seed(digits):
     data = opened(digits, max_train_samples=10)
     assert len(data) == 10 and data.facts["rows"] == 10 and data.facts["rows_found"] == 23
-    order = data.order()
+    order = data.order(global_batch=8)
     assert sorted(order.row_at(2, index) for index in range(10)) == list(data.rows)
     fingerprints = [opened(digits, max_train_samples=wanted).fingerprint for wanted in (10, 11, 23, None)]
     assert data.fingerprint == fingerprints[0] and len(set(fingerprints[:3])) == 3

@@ -155,7 +155,7 @@ def make_loader(
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # set by the launcher: processes on this machine
         workers = default_workers(processes=local, on_gpu=pin_memory)
     sampler = EndlessSampler(
-        data.order(),
+        data.order(global_batch=accumulation * world_size * micro_batch),
         micro_batch=micro_batch,
         accumulation=accumulation,
         world_size=world_size,

@@ -29,8 +29,8 @@ class Data:
     streaming: bool = False
     """Read Parquet shards a row group at a time while training, instead of loading and checking all rows before it."""
     shuffle_buffer_size: Count | None = None
-    """Streaming: rows of the row groups that are mixed at a time; as many are held in the memory of each loader process
-    (unset: 5000, as in open_clip)."""
+    """Streaming: rows, as they are stored, that each loader process holds in memory; half as many are mixed at a time
+    (unset: 5000, as in open_clip; at least one row group)."""
     image_column: str = "image"
     """Column that holds the images."""
     caption_column: str | Words = "text"

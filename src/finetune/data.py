@@ -60,10 +60,11 @@ class TrainData:
         """The number of samples of one epoch."""
         return len(self.rows)
 
-    def order(self) -> Order:
+    def order(self, *, global_batch: int) -> Order:
         """Which row comes when: of a stream as its row groups are read, else in one permutation of all."""
         if isinstance(self.rows, Units):
-            return UnitOrder(self.rows, seed=self.seed, buffer_size=self.table.dataset.buffer_size)
+            buffer_size = self.table.dataset.buffer_size
+            return UnitOrder(self.rows, seed=self.seed, buffer_size=buffer_size, global_batch=global_batch)
         return RowOrder(self.rows, seed=self.seed)
 
     @property

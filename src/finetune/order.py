@@ -6,10 +6,11 @@ readers that take turns (`UnitOrder`):
 
     1. the units are permuted, and the rows within each unit: one sequence of n rows
     2. the sequence is cut into equal parts, one per lane
-    3. index i takes the next row of lane i modulo the number of lanes
+    3. the lanes take turns; a global batch takes the same number of rows of each, one after another
 
-So every row comes once per epoch, neighbours in a batch come from different units, and never more units than lanes are
-in use at a time. Nothing is drawn on the way: there is no shuffle buffer that a checkpoint would have to hold.
+So every row comes once per epoch, a global batch mixes all lanes, and only as many units as lanes are in use at a time.
+As each process takes its own part of every global batch, it reads the units of its own lanes and not those of others.
+Nothing is drawn on the way: there is no shuffle buffer that a checkpoint would have to hold.
 """
 
 from __future__ import annotations
@@ -97,10 +98,17 @@ class RowOrder:
 class UnitOrder:
     """Lanes over permuted units, as described at the top."""
 
-    def __init__(self, units: Units, *, seed: int, buffer_size: int) -> None:
-        """buffer_size: rows that the units in use may have together; a unit that is larger is used alone."""
+    def __init__(self, units: Units, *, seed: int, buffer_size: int, global_batch: int) -> None:
+        """buffer_size: rows that a process holds, in the units that it used last. global_batch: of all processes.
+
+        Each lane may need two units within one turn, the last rows of one and the first of the next: so the lanes are
+        at most half of what can be held. Their number is a power of two, as that of processes mostly is.
+        """
         self.units, self.seed = units, seed
-        self.lanes = min(len(units.counts), max(1, buffer_size // int(units.counts.max())))
+        largest = int(units.counts.max())
+        most = min(len(units.counts), max(1, buffer_size // (2 * largest)))
+        self.lanes = 1 << (most.bit_length() - 1)
+        self.run = max(1, min(largest, global_batch // self.lanes))
         self._epoch = lru_cache(1)(self._permuted_units)
         self._within = lru_cache(self.lanes)(self._permuted_rows)
 
@@ -109,14 +117,24 @@ class UnitOrder:
 
     def row_at(self, epoch: int, index: int) -> int:
         """See `Order`."""
+        lane, turn = self._turn(index)
         rounds, rest = divmod(len(self), self.lanes)
-        turn, lane = divmod(index, self.lanes)
         place = lane * rounds + min(lane, rest) + turn  # in the sequence; the first `rest` lanes have one row more
         order, ends = self._epoch(epoch)
         at = int(np.searchsorted(ends, place, side="right"))
-        unit, last = int(order[at]), int(ends[at])
+        unit, end = int(order[at]), int(ends[at])
         within = self._within(epoch, unit)
-        return int(self.units.starts[unit] + within[place - last])  # from the end: place - last is negative
+        return int(self.units.starts[unit] + within[place - end])  # counted from the end: place - end is negative
+
+    def _turn(self, index: int) -> tuple[int, int]:
+        """Lane of an index, and how many rows of this lane come before: turns of `run` rows, and of 1 at the end."""
+        block = self.lanes * self.run
+        blocks = len(self) // self.lanes // self.run
+        if index < blocks * block:
+            done, within = divmod(index, block)
+            return within // self.run, done * self.run + within % self.run
+        more, lane = divmod(index - blocks * block, self.lanes)
+        return lane, blocks * self.run + more
 
     def _permuted_units(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(self.seed, "order of units", epoch, len(self.units.counts))

@@ -162,11 +162,12 @@ def open_shards(
     if not places:
         raise DataError(f"{files[0]} and all other shards ({len(files)}) have no rows")
     table = np.array(places, np.int64)
-    if (most := int(table[:, 2].max())) > buffer_size:
+    if 2 * (largest := int(table[:, 2].max())) > buffer_size and len(table) > 1:
         log.warning(
-            "the largest row group of the data has %d rows, more than data.shuffle_buffer_size %d: it is held whole, "
-            "and row groups are not mixed; write the data with smaller ones, or raise the setting",
-            most,
+            "row groups of up to %d rows are held whole and come one after another, not mixed: "
+            "data.shuffle_buffer_size %d does not hold two. Raise it, or write the data with smaller row groups (a "
+            "hundred images, say)",
+            largest,
             buffer_size,
         )
     digest = hashlib.blake2b(b"".join(footer.digest for footer in footers), digest_size=16)
