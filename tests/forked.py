@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
@@ -98,6 +99,7 @@ def _fork(cfg: TrainConfig, rank: int, processes: int, port: int, body) -> int:
         logging.getLogger().handlers.clear()  # those of pytest
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        forkserver._forkserver.__init__()  # one that a test had for loader processes is a child of the parent only
         os.environ |= {"ACCELERATE_USE_CPU": "true"}
         if processes > 1:
             os.environ |= {

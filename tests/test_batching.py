@@ -15,10 +15,11 @@ from datasets import Dataset
 from PIL import Image
 
 import finetune.batching
-from finetune.batching import StreamSampler, TrainDataset, collate, default_workers, make_loader
+from finetune.batching import EndlessSampler, TrainDataset, collate, default_workers, make_loader
 from finetune.config import TrainConfig
 from finetune.data import open_data
 from finetune.errors import DataError
+from finetune.order import RowOrder
 
 ROWS = 10
 
@@ -59,8 +60,8 @@ def same(one, other) -> bool:
     return one.captions == other.captions and all(torch.equal(getattr(one, t), getattr(other, t)) for t in tensors)
 
 
-def places(count: int, rows=range(ROWS), **settings) -> list:
-    sampler = StreamSampler(np.array(rows), **({"seed": 0, "micro_batch": 4} | settings))
+def places(count: int, rows=range(ROWS), seed: int = 0, **settings) -> list:
+    sampler = EndlessSampler(RowOrder(np.array(rows), seed=seed), **({"micro_batch": 4} | settings))
     return list(itertools.islice(sampler, count))
 
 

@@ -23,7 +23,7 @@ LAYERS = [
     {"objective"},
     {"checkpoint", "optimization", "provenance", "pretrained", "folder", "images", "iddpm_unet"},
     {"ema", "grids", "small_images"},
-    {"rows", "sources", "datacheck", "data"},
+    {"order", "shards", "rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},
     {"processes", "identity", "training_state"},
     {"resume"},

@@ -1,10 +1,10 @@
 """Samples -> batches: which sample comes when, who makes it, and how the loader's processes behave.
 
-Position p of the run (counting samples from 0) holds row rows[order(epoch)[p % n]] in epoch p // n, where n is the
-number of usable rows and order(epoch) a permutation that follows from the seed and the epoch. Optimizer step s takes
-the positions s*G .. s*G + G-1 of the global batch G = accumulation * world_size * micro_batch, whoever computes them:
-micro-step a of process r takes the micro_batch positions from s*G + (a * world_size + r) * micro_batch. So every row
-comes exactly once per epoch, batches run on across the end of an epoch, and a run goes on from any step.
+Position p of the run (counting samples from 0) holds the row that comes at p % n in epoch p // n, where n is the number
+of usable rows (see order.py). Optimizer step s takes the positions s*G .. s*G + G-1 of the global batch G =
+accumulation * world_size * micro_batch, whoever computes them: micro-step a of process r takes the micro_batch
+positions from s*G + (a * world_size + r) * micro_batch. So every row comes exactly once per epoch, batches run on
+across the end of an epoch, and a run goes on from any step.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetune.config import TrainConfig
 from finetune.data import Sample, TrainData
-from finetune.seeding import permutation
+from finetune.order import Order
 
 Place = tuple[int, int, int]  # position in the run, epoch, row
 LOADER_TIMEOUT = 600.0  # seconds without a batch after which a loader process counts as hung
@@ -72,38 +71,34 @@ class TrainDataset(Dataset):
         return list(zip(places, self.data.samples(rows, epochs), strict=True))
 
 
-class StreamSampler(Sampler[list[Place]]):
+class EndlessSampler(Sampler[list[Place]]):
     """The micro-batches of one process from step `start` on, without end, each as a list of (position, epoch, row)."""
 
     def __init__(
         self,
-        rows: np.ndarray,
+        order: Order,
         *,
-        seed: int,
         micro_batch: int,
         accumulation: int = 1,
         world_size: int = 1,
         rank: int = 0,
         start: int = 0,
     ) -> None:
-        """rows: [n] numbers of the usable rows. start: the optimizer step (global batch) to begin with."""
-        assert len(rows) > 0 and 0 <= rank < world_size and min(micro_batch, accumulation) > 0 and start >= 0
-        self.rows, self.seed, self.micro_batch, self.accumulation = rows, seed, micro_batch, accumulation
+        """start: the optimizer step (global batch) to begin with."""
+        assert len(order) > 0 and 0 <= rank < world_size and min(micro_batch, accumulation) > 0 and start >= 0
+        self.order, self.micro_batch, self.accumulation = order, micro_batch, accumulation
         self.world_size, self.rank, self.start = world_size, rank, start
 
     def __iter__(self) -> Iterator[list[Place]]:
-        epoch, order = -1, self.rows
         micro_step = self.start * self.accumulation
         while True:
             first = (micro_step * self.world_size + self.rank) * self.micro_batch
-            places = []
-            for position in range(first, first + self.micro_batch):
-                if position // len(self.rows) != epoch:
-                    epoch = position // len(self.rows)
-                    order = self.rows[permutation(self.seed, "order", epoch, len(self.rows))]
-                places.append((position, epoch, int(order[position % len(self.rows)])))
-            yield places
+            yield [self._place(position) for position in range(first, first + self.micro_batch)]
             micro_step += 1
+
+    def _place(self, position: int) -> Place:
+        epoch, index = divmod(position, len(self.order))
+        return position, epoch, self.order.row_at(epoch, index)
 
 
 def collate(samples: list[tuple[Place, Sample]]) -> Batch:
@@ -159,9 +154,8 @@ def make_loader(
     if workers is None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # set by the launcher: processes on this machine
         workers = default_workers(processes=local, on_gpu=pin_memory)
-    sampler = StreamSampler(
-        data.rows,
-        seed=cfg.seed,
+    sampler = EndlessSampler(
+        data.order(global_batch=accumulation * world_size * micro_batch),
         micro_batch=micro_batch,
         accumulation=accumulation,
         world_size=world_size,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from finetune.config_types import Count, CountOrZero, Positive, Words, section
+
+PACK = "pack the images into Parquet with datasets (load_dataset('imagefolder', ...), embed_table_storage, to_parquet)"
+"""How data become shards that can be streamed: the way out of what is refused."""
+SHUFFLE_BUFFER_SIZE = 5000
 
 
 @section
@@ -21,6 +26,11 @@ class Data:
     """Branch, tag or commit of a Hub data set."""
     split: str = "train"
     """Split to train on."""
+    streaming: bool = False
+    """Read Parquet shards a row group at a time while training, instead of loading and checking all rows before it."""
+    shuffle_buffer_size: Count | None = None
+    """Streaming: rows, as they are stored, that each loader process holds in memory; half as many are mixed at a time
+    (unset: 5000, as in open_clip; at least one row group)."""
     image_column: str = "image"
     """Column that holds the images."""
     caption_column: str | Words = "text"
@@ -32,7 +42,7 @@ class Data:
     low_res_column: str | None = None
     """Column that holds the small images of conditioning low_res; unset: they are made from the large ones."""
     max_train_samples: Count | None = None
-    """Use only this many rows, drawn by the seed."""
+    """Use only this many rows, drawn by the seed; streaming: whole row groups, of the last one a part."""
     resolution: Count
     """Side of the square training image, in pixels."""
     channels: Literal[1, 3] = 3
@@ -69,4 +79,29 @@ class Data:
             raise ValueError(
                 f"data.image_interpolation_mode is {self.image_interpolation_mode}, but data.preparation iddpm has its "
                 "own filters (box, then bicubic): remove one of them"
+            )
+        self._refuse_what_does_not_stream()
+
+    def _refuse_what_does_not_stream(self) -> None:
+        if not self.streaming:
+            if self.shuffle_buffer_size is not None:
+                raise ValueError(
+                    f"data.shuffle_buffer_size is {self.shuffle_buffer_size}, but without data.streaming each epoch is "
+                    "one permutation of all rows: remove it, or set data.streaming true"
+                )
+            return
+        if self.train_data_dir is not None:
+            raise ValueError(
+                f"data.train_data_dir ({self.train_data_dir}) is a folder of images, but data.streaming reads Parquet "
+                f"files: remove data.streaming; or {PACK} and name them by data.dataset_name"
+            )
+        if not re.fullmatch(r"[\w.-]+", self.split):
+            raise ValueError(
+                f"data.split {self.split} is more or less than one split, which data.streaming does not take: name one "
+                "split, and limit its rows by data.max_train_samples"
+            )
+        if self.label_from_filename:
+            raise ValueError(
+                "data.label_from_filename needs the names of all images before training, which data.streaming does not "
+                "read: give the data a column of datasets.ClassLabel and name it by data.label_column"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,13 @@ from finetune.config_choices import conditions
 from finetune.datacheck import check, explain, refuse_or_warn
 from finetune.errors import ConfigError, DataError
 from finetune.images import BadRow, background_rgb, decode, prepare, strict_pillow
+from finetune.order import Order, RowOrder, UnitOrder, Units
 from finetune.rows import Row, Rows, rows_of
 from finetune.seeding import key, permutation
-from finetune.sources import open_source
+from finetune.shards import Shards
+from finetune.sources import Source, open_source
+
+FIRST_ROWS = 16  # rows of a stream that are checked before training
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,11 @@ class TrainData:
     table: Rows
     rules: Data
     seed: int
-    rows: np.ndarray
-    """[n] int64: the numbers of the usable rows, ascending."""
+    rows: np.ndarray | Units
+    """[n] int64: the numbers of the usable rows, ascending; of a stream, those that are not known to be unusable."""
     fingerprint: str
-    """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order."""
+    """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order; of a stream,
+    wherever the same files are: by their footers and sizes."""
     factor: int
     """Side of an image over that of the small image of data.low_res_column; 1 without one."""
     facts: dict[str, Any]
@@ -53,6 +59,13 @@ class TrainData:
     def __len__(self) -> int:
         """The number of samples of one epoch."""
         return len(self.rows)
+
+    def order(self, *, global_batch: int) -> Order:
+        """Which row comes when: of a stream as its row groups are read, else in one permutation of all."""
+        if isinstance(self.rows, Units):
+            buffer_size = self.table.dataset.buffer_size
+            return UnitOrder(self.rows, seed=self.seed, buffer_size=buffer_size, global_batch=global_batch)
+        return RowOrder(self.rows, seed=self.seed)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -78,7 +91,8 @@ class TrainData:
             small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
             options, label = self.table.captions(row), self.table.label(row)
         except BadRow as problem:
-            raise DataError(f"{row.name} {problem}; it was usable when the data was checked") from None
+            checked = "" if isinstance(self.rows, Units) else "; it was usable when the data was checked"
+            raise DataError(f"{self.table.name(row)} {problem}{checked}") from None
         place = {"seed": self.seed, "epoch": epoch, "row": row.number}
         made = prepare(image, self.rules, **place, small=small, factor=self.factor)
         caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]
@@ -109,6 +123,8 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
             f"{num_classes}: unset it, or give at least as many"
         )
     factor = parts["low_res"].factor if rules.low_res_column else 1
+    if isinstance(table.dataset, Shards):
+        return _open_stream(table, source, cfg, factor)
     numbers = _draw_rows(len(table), rules.max_train_samples, cfg.seed, source.name)
     report = check(table, numbers, rules, factor=factor, progress=progress)
     problems = [*source.problems, *report.bad.values()]
@@ -128,9 +144,41 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
     )
 
 
+def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> TrainData:
+    """The rest of `open_data` for shards: of their rows only the first few are read, to fail now rather than later."""
+    rules, rows, found = cfg.data, table.dataset.units, len(table)
+    if rules.max_train_samples is not None:
+        _require_rows(found, rules.max_train_samples, source.name)
+        rows = rows.drawn(rules.max_train_samples, cfg.seed)
+    refuse_or_warn(list(check(table, rows[:FIRST_ROWS], rules, factor=factor).bad.values()), source.name, rules)
+    what = (rules.image_column, table.caption_columns, table.label_column, table.class_names, rules.low_res_column)
+    content = hashlib.blake2b(repr((table.dataset.footers, what)).encode(), digest_size=16)
+    content.update(rows.starts.tobytes() + rows.counts.tobytes())
+    facts = {
+        "rows_found": found,
+        "rows": len(rows),
+        "left_out": 0,
+        "shards": len(table.dataset.files),
+        "row_groups": len(rows.counts),
+    }
+    return TrainData(
+        table=table,
+        rules=rules,
+        seed=cfg.seed,
+        rows=rows,
+        fingerprint=content.hexdigest(),
+        factor=factor,
+        facts=facts | ({"commit": source.commit} if source.commit else {}),
+    )
+
+
 def _draw_rows(found: int, wanted: int | None, seed: int, name: str) -> np.ndarray:
     if wanted is None:
         return np.arange(found, dtype=np.int64)
+    _require_rows(found, wanted, name)
+    return np.sort(permutation(seed, "max_train_samples", 0, found)[:wanted])
+
+
+def _require_rows(found: int, wanted: int, name: str) -> None:
     if wanted > found:
         raise DataError(f"data.max_train_samples {wanted} is more than the {found} rows of {name}")
-    return np.sort(permutation(seed, "max_train_samples", 0, found)[:wanted])

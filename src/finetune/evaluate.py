@@ -148,7 +148,8 @@ def _on(cfg: TrainConfig, data: str | None, split: str | None) -> TrainConfig:
     rules = replace(cfg.data, center_crop=True, random_flip=False, split=split or cfg.data.split)
     if data is not None:
         rules = replace(rules, dataset_name=data, train_data_dir=None, dataset_config_name=None, revision=None,
-                        split=split or "train", max_train_samples=None)  # fmt: skip
+                        split=split or "train", max_train_samples=None, streaming=False,
+                        shuffle_buffer_size=None)  # fmt: skip
     if rules.dataset_name is None and rules.train_data_dir is None:
         raise ConfigError("the run's data were passed from Python: name the data to measure on with --data")
     return replace(cfg, data=rules)

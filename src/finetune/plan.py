@@ -69,6 +69,9 @@ def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
     parts = [f"{source}: {facts['rows']:,} images"]
     if facts["left_out"]:
         parts.append(f"{facts['left_out']:,} left out")
+    if "shards" in facts:
+        parts.append(f"streamed from {facts['row_groups']:,} row groups of {facts['shards']:,} shards")
+        return ", ".join([*parts, f"-> {cfg.data.resolution}x{cfg.data.resolution}"])
     width, height = facts["width"], facts["height"]
     smallest, largest = f"{width['min']}x{height['min']}", f"{width['max']}x{height['max']}"
     sizes = smallest if smallest == largest else f"{smallest} to {largest}"

@@ -14,6 +14,7 @@ from finetune.config import Data
 from finetune.errors import DataError
 from finetune.folder import is_within
 from finetune.images import BadRow
+from finetune.shards import Shards
 from finetune.sources import Source, with_encoded_images
 
 
@@ -41,7 +42,7 @@ class Row:
 class Rows:
     """Access to the rows of a data set by number, which stays the same whichever rows are used. Picklable."""
 
-    dataset: Dataset
+    dataset: Dataset | Shards
     folders: tuple[str, ...] | None
     image_column: str
     caption_columns: tuple[str, ...]
@@ -79,6 +80,11 @@ class Rows:
             Row(number=int(n), content=image["bytes"], path=image["path"], captions=cells, label=label, small=other)
             for n, image, cells, label, other in zip(numbers, images, captions, labels, small, strict=True)
         ]
+
+    def name(self, row: Row) -> str:
+        """What an error calls a row: its name, and the shard that holds it."""
+        shard = self.dataset.file_of(row.number) if isinstance(self.dataset, Shards) else None
+        return f"{row.name} of {shard}" if shard else row.name
 
     def file(self, row: Row) -> str | None:
         """The file that holds the image; None if the row itself does. Raises BadRow outside the data's folders."""
@@ -170,7 +176,7 @@ def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows
         class_names, named = _classes(dataset, data.label_column, source.name)
         class_index = {name: index for index, name in enumerate(class_names)} if named else None
         columns.append(data.label_column)
-    dataset = dataset.with_format(None).select_columns(list(dict.fromkeys(columns)))
+    dataset = dataset.select_columns(list(dict.fromkeys(columns)))
     for column in filter(None, (data.image_column, data.low_res_column)):
         dataset = with_encoded_images(dataset, column, source.name)
     if named_by_file:
@@ -215,11 +221,16 @@ def _require(source: Source, column: str, setting: str, remedy: str) -> None:
         raise DataError(f"{source.name} has no column {column!r} ({setting}); columns found: {found}. {remedy}.")
 
 
-def _classes(dataset: Dataset, column: str, name: str) -> tuple[tuple[str, ...], bool]:
+def _classes(dataset: Dataset | Shards, column: str, name: str) -> tuple[tuple[str, ...], bool]:
     """Class names, and whether the column holds names (sorted here) rather than their indices."""
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
         return tuple(feature.names), False
+    if isinstance(dataset, Shards):
+        raise DataError(
+            f"column {column!r} (data.label_column) of {name} holds {feature} without class names, which a stream does "
+            "not go through all rows to find: cast the column to datasets.ClassLabel, or remove data.streaming"
+        )
     values = [value for value in dataset.unique(column) if value is not None]
     if values and all(type(value) is int for value in values):
         if min(values) < 0:

@@ -1,6 +1,6 @@
 """Where the images come from, told apart by what is there: a Hub id, a local folder or file, a data set from Python.
 
-Whatever the source, the result is a `datasets.Dataset` whose images are still encoded.
+Whatever the source, the result is a `datasets.Dataset`, or `Shards` if it is streamed, whose images are still encoded.
 """
 
 from __future__ import annotations
@@ -11,11 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from huggingface_hub import constants
 
 from finetune.config import Data
+from finetune.config_data import PACK, SHUFFLE_BUFFER_SIZE
 from finetune.errors import ConfigError, DataError
 from finetune.folder import MOST_LISTED, SPLITS, TABLES, Listing, Problem, choose_split, read_folder, scan, unsafe_path
+from finetune.shards import Shards, open_shards
 
 PATHS = (Value("string"), Value("large_string"))
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -26,11 +40,13 @@ class Source:
     """A data set as it was found, before its columns are looked at."""
 
     name: str
-    dataset: Dataset
+    dataset: Dataset | Shards
     folders: tuple[str, ...] | None
     """Real paths of the folders that image files may lie in; relative paths start at the first. None: anywhere."""
     problems: list[Problem]
     """What is wrong with it apart from its rows, such as a file that the metadata does not list."""
+    commit: str | None = None
+    """The commit of the Hub's repository that is streamed."""
 
 
 def open_source(data: Data, dataset: Dataset | None = None, *, captions: bool = False) -> Source:
@@ -42,6 +58,8 @@ def open_source(data: Data, dataset: Dataset | None = None, *, captions: bool = 
     if dataset is not None:
         if named:
             raise ConfigError(f"a data set was passed and the configuration names {named}: give one of them")
+        if data.streaming:
+            raise ConfigError("a data set was passed, which is not streamed: remove data.streaming")
         return _from_python(dataset)
     if named is None:
         raise ConfigError("no data: set data.dataset_name (Hub id or path) or data.train_data_dir (folder of images)")
@@ -49,27 +67,36 @@ def open_source(data: Data, dataset: Dataset | None = None, *, captions: bool = 
     if data.train_data_dir and not path.is_dir():
         raise DataError(f"data.train_data_dir {named} is not a folder")
     if not path.exists():
-        return _from_hub(data, named)
+        _refuse_no_id(named)
+        return _stream_hub(data, named) if data.streaming else _from_hub(data, named)
     if data.revision or data.dataset_config_name:
         raise ConfigError(
             f"data.revision and data.dataset_config_name belong to data sets on the Hub, but {named} is a local path: "
             "remove them"
         )
-    return _from_path(path, data, captions)
+    return _stream_path(path, data) if data.streaming else _from_path(path, data, captions)
 
 
 def _from_python(dataset: Dataset) -> Source:
     if not isinstance(dataset, Dataset):
-        remedy = "a stream has neither row numbers nor a length"
+        remedy = "convert it with Dataset.from_dict or Dataset.from_generator"
+        if isinstance(dataset, IterableDataset | IterableDatasetDict):
+            remedy = (
+                "its shuffle buffer cannot be resumed without losing samples. For a stream that resumes exactly name "
+                "its Parquet shards by data.dataset_name and set data.streaming true"
+            )
         if isinstance(dataset, DatasetDict):
             remedy = f"pass one split of it: {', '.join(dataset)}"
         raise DataError(f"the data must be a datasets.Dataset, got {type(dataset).__name__}: {remedy}")
-    return Source(name="the data set passed", dataset=dataset, folders=None, problems=[])
+    return Source(name="the data set passed", dataset=dataset.with_format(None), folders=None, problems=[])
+
+
+def _refuse_no_id(named: str) -> None:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named) or named.startswith(".") or Path(named).suffix in TABLES:
+        raise DataError(f"data.dataset_name {named}: no such file or folder, and it does not have the form of a Hub id")
 
 
 def _from_hub(data: Data, named: str) -> Source:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named) or named.startswith(".") or Path(named).suffix in TABLES:
-        raise DataError(f"data.dataset_name {named}: no such file or folder, and it does not have the form of a Hub id")
     try:
         dataset = load_dataset(named, data.dataset_config_name, revision=data.revision, split=data.split)
     except Exception as error:  # datasets, the Hub client, httpx and pyarrow share no base class
@@ -77,9 +104,63 @@ def _from_hub(data: Data, named: str) -> Source:
             f"data.dataset_name {named} is not a local path, and cannot be loaded from the Hub (split {data.split}): "
             f"{type(error).__name__}: {error}"
         ) from error
-    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, datasets.config.HF_HUB_CACHE)
-    folders = tuple(os.path.realpath(folder) for folder in caches)
-    return Source(name=named, dataset=_one_split(dataset, named, data.split), folders=folders, problems=[])
+    return Source(name=named, dataset=_one_split(dataset, named, data.split), folders=_caches(), problems=[])
+
+
+def _caches() -> tuple[str, ...]:
+    """The only folders that data from the Hub may name files in."""
+    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+    return tuple(os.path.realpath(folder) for folder in caches)
+
+
+def _stream_hub(data: Data, named: str) -> Source:
+    """The shards of a split at the commit that the revision means now: `datasets` says which files these are."""
+    try:
+        builder = load_dataset_builder(named, data.dataset_config_name, revision=data.revision)
+    except Exception as error:  # as in _from_hub
+        raise DataError(
+            f"data.dataset_name {named} is not a local path, and cannot be opened on the Hub: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    files = {str(split): list(urls) for split, urls in (builder.config.data_files or {}).items()}
+    if data.split not in files:
+        raise DataError(
+            f"{named} has no split {data.split!r} (data.split) that can be streamed; it has: {', '.join(files)}"
+        )
+    addresses = [re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/.+\.parquet", url) for url in files[data.split]]
+    if not all(addresses):
+        raise DataError(
+            f"{named} is not made of Parquet files on the Hub, which data.streaming reads: set data.revision "
+            "refs/convert/parquet, the Hub's own conversion, if it has one; or remove data.streaming"
+        )
+    shards = open_shards(files[data.split], buffer_size=_buffer_size(data), declared=builder.info.features)
+    return Source(name=named, dataset=shards, folders=_caches(), problems=[], commit=addresses[0][1])
+
+
+def _stream_path(path: Path, data: Data) -> Source:
+    root, tables = path.parent, [path]
+    if path.is_dir():
+        listing = scan(path)
+        root = listing.root
+        if listing.images:
+            raise DataError(
+                f"{path} is a folder of images, but data.streaming reads Parquet files: remove data.streaming; or "
+                f"{PACK}"
+            )
+        tables = [root / table for table in listing.tables]
+    others = [table.name for table in tables if table.suffix.lower() != ".parquet"]
+    if others or not tables:
+        raise DataError(
+            f"data.streaming reads Parquet files, and {path} holds {others[0] if others else 'none'}: convert it with "
+            "datasets (load_dataset or load_from_disk, then to_parquet), or remove data.streaming"
+        )
+    tables = _tables_of_split(tables, root, data.split) if path.is_dir() else tables
+    shards = open_shards([str(table) for table in tables], buffer_size=_buffer_size(data))
+    return Source(name=str(path), dataset=shards, folders=(os.path.realpath(root),), problems=[])
+
+
+def _buffer_size(data: Data) -> int:
+    return data.shuffle_buffer_size or SHUFFLE_BUFFER_SIZE
 
 
 def _from_path(path: Path, data: Data, captions: bool) -> Source:
@@ -162,13 +243,17 @@ def _refuse_unsafe(dataset: Dataset, column: str, name: str) -> None:
         raise DataError(f"{len(unsafe)} rows of {name} are refused:\n" + "\n".join(unsafe[:MOST_LISTED]))
 
 
-def with_encoded_images(dataset: Dataset, column: str, name: str) -> Dataset:
+def with_encoded_images(dataset: Dataset | Shards, column: str, name: str) -> Dataset | Shards:
     """The data set with `column` as {"bytes", "path"}, so that nothing but `images.decode` ever decodes it."""
     feature = dataset.features[column]
     struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
     plain = feature in (*PATHS, Value("binary"), Value("large_binary"))
     if not (struct or plain or isinstance(feature, Image)):
         raise DataError(f"column {column!r} (data.image_column) of {name} holds {feature}, not images, bytes or paths")
+    if isinstance(dataset, Shards):
+        if feature in PATHS:
+            raise DataError(f"column {column!r} (data.image_column) of {name} holds paths, not images: {PACK}")
+        return dataset.with_images(column)
     if feature == Value("large_string"):  # as CSV files are read; Image does not take it
         dataset = dataset.cast_column(column, Value("string"))
     return dataset.cast_column(column, Image(decode=False))
