@@ -11,7 +11,7 @@ from finetune.meter import Meter
 from finetune.objective import LossTerms, levels
 from finetune.objective.levels import LossSecondMoment
 from finetune.objective.weighting import Uncertainty
-from finetune.seeding import PositionRandom
+from finetune.seeding import PositionRandom, key
 from finetune.trainer import Trainer
 from forked import log, run, state
 from golden_numbers import compare, golden
@@ -105,10 +105,19 @@ def test_each_global_batch_covers_each_stratum_once_however_it_is_split(kind):
 
 
 def test_strata_are_k_diffusion_s():
-    """Its process 1 of 3 with a batch of 4 has the samples 1, 4, 7 and 10 of the global batch of 12; u is 0.5."""
-    random = PositionRandom(0, torch.tensor([1, 4, 7, 10]))
+    """Its process 1 of 3 with a batch of 4 has the shares 1, 4, 7 and 10 of the global batch of 12; u is 0.5."""
+    turn = key(0, "level turn", 0)
+    random = PositionRandom(0, torch.tensor([(share - turn) % 12 for share in (1, 4, 7, 10)]))
     shift = (random.uniform("level") - 0.5) / 12
     compare("kdiff_schedules", "stratified_uniform_4_of_group1_groups3", random.stratified("level", 12) - shift)
+
+
+def test_no_place_in_the_batch_always_has_the_same_levels():
+    """The rows of one shard come at the same places of batch after batch."""
+    n, batches = 16, 200
+    places = PositionRandom(0, torch.arange(0, n * batches, n)).stratified("level", n)
+    counts = torch.histc(places, bins=4, min=0, max=1)
+    assert counts.sum() == batches and counts.min() > batches / 8
 
 
 # ---- importance sampling

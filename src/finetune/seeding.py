@@ -73,13 +73,16 @@ class PositionRandom:
         return torch.stack(draws)
 
     def stratified(self, purpose: str, strata: int) -> torch.Tensor:
-        """As `uniform`, but of `strata` consecutive positions each lies in its own [i / strata, (i + 1) / strata).
+        """As `uniform`, but of the positions n*strata to (n+1)*strata - 1 each lies in a share of its own.
 
-        Position p has share p mod strata, so that a global batch of that size covers each share once.
+        The shares [i / strata, (i + 1) / strata) go round by a number drawn for n, so that a global batch of that size
+        covers each once, and no place in the batch (as the rows of one shard may have) always has the same levels.
         """
         import torch
 
-        return ((torch.tensor(self._positions) % strata) + self.uniform(purpose)) / strata
+        turns = [key(self._seed, f"{purpose} turn", p // strata) for p in self._positions]
+        shares = torch.tensor([(p + turn) % strata for p, turn in zip(self._positions, turns, strict=True)])
+        return (shares + self.uniform(purpose)) / strata
 
     def integers(self, purpose: str, high: int) -> torch.Tensor:
         """One integer in [0, high) per sample -> [B] int64 on the CPU."""
