@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from datasets import Dataset
 
 from finetune.config import Data, TrainConfig
 from finetune.config_choices import conditions
+from finetune.data_changes import changes, fingerprint
 from finetune.datacheck import check, explain, refuse_or_warn
 from finetune.errors import ConfigError, DataError
 from finetune.images import BadRow, background_rgb, decode, prepare, strict_pillow
@@ -20,9 +22,27 @@ from finetune.seeding import key, permutation
 from finetune.sources import open_source
 
 
+log = logging.getLogger(__name__)
+
+REPLACEMENTS = 16  # rows that are tried in the place of one; if half of all are bad, all fail once in 65,536 times
+
+
+class Replaced(NamedTuple):
+    """A row that turned unusable after the check, and was replaced in one sample (data.on_error skip)."""
+
+    row: int
+    used: int
+    """The row that stands in for it."""
+    reason: str
+    """Names the row, or its file, and what is wrong with it."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One training example."""
+
+    row: int
+    """Its number in the data set."""
 
     pixels: torch.Tensor
     """[channels, resolution, resolution] float32 in [-1, 1]."""
@@ -32,6 +52,8 @@ class Sample:
     """Sizes: see `images.Prepared`."""
     low_res: torch.Tensor | None
     """The small image, if the data has one: see `images.Prepared`."""
+    replaced: Replaced | None = None
+    """Set if `row` stands in for another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +65,8 @@ class TrainData:
     seed: int
     rows: np.ndarray
     """[n] int64: the numbers of the usable rows, ascending."""
-    fingerprint: str
-    """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order."""
+    digests: np.ndarray
+    """[rows found] int64: what identifies the images, captions and label of a row of `rows`; 0 for all others."""
     factor: int
     """Side of an image over that of the small image of data.low_res_column; 1 without one."""
     facts: dict[str, Any]
@@ -53,6 +75,11 @@ class TrainData:
     def __len__(self) -> int:
         """The number of samples of one epoch."""
         return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order."""
+        return fingerprint(self.digests)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -67,22 +94,61 @@ class TrainData:
         """The captions of a row, of which each epoch draws one; None unless the conditioning is text."""
         return self.table.captions(self.table.read([row])[0])
 
+    def name(self, row: int) -> str:
+        """What a message calls a row: its file, its number, or both."""
+        return self.table.read([row])[0].name
+
+    def with_order_of(self, then: np.ndarray) -> TrainData:
+        """The data as it goes on in a run that began with the digests `then`, under data.on_error skip.
+
+        Rows that turned unusable since keep their places in the order, and are replaced when they are drawn.
+        """
+        assert self.rules.on_error == "skip" and changes(then, self.digests).only_unusable
+        return replace(self, rows=np.flatnonzero(then), digests=then)
+
     def samples(self, rows: Sequence[int], epochs: Sequence[int]) -> list[Sample]:
-        """Make the sample of each row in its epoch. Raises DataError if a row changed since it was checked."""
+        """Make the sample of each row in its epoch.
+
+        A row that turned unusable since it was checked is a DataError; with data.on_error skip another row stands in
+        for it, which follows from (seed, epoch, row), so that every process and every resume makes the same of it.
+        Training says so once per row: see `warn_of_replaced`.
+        """
         with strict_pillow():
             return [self._sample(row, int(e)) for row, e in zip(self.table.read(rows), epochs, strict=True)]
 
     def _sample(self, row: Row, epoch: int) -> Sample:
         try:
-            image = decode(self.table.image_bytes(row), self.rules).image
-            small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
-            options, label = self.table.captions(row), self.table.label(row)
+            return self._made(row, epoch)
         except BadRow as problem:
-            raise DataError(f"{row.name} {problem}; it was usable when the data was checked") from None
+            reason = f"{row.name} {problem}; it was usable when the data was checked"
+        if self.rules.on_error == "error":
+            raise DataError(reason)
+        for attempt in range(REPLACEMENTS):
+            drawn = key(self.seed, "replacement", epoch, row.number, attempt) % len(self.rows)
+            other = int(self.rows[drawn])
+            try:
+                made = self._made(self.table.read([other])[0], epoch)
+            except BadRow:
+                continue
+            return replace(made, replaced=Replaced(row.number, other, reason))
+        raise DataError(f"{reason}; nor can any of the {REPLACEMENTS} rows be used that were drawn in its place")
+
+    def _made(self, row: Row, epoch: int) -> Sample:
+        image = decode(self.table.image_bytes(row), self.rules).image
+        small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
+        options, label = self.table.captions(row), self.table.label(row)
         place = {"seed": self.seed, "epoch": epoch, "row": row.number}
         made = prepare(image, self.rules, **place, small=small, factor=self.factor)
         caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]
-        return Sample(made.pixels, caption, label, made.time_ids, made.low_res)
+        return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res)
+
+
+def warn_of_replaced(replaced: Sequence[Replaced], told: set[int]) -> None:
+    """Log each replaced row that is not in `told` yet, and add it; for the training process, batch by batch."""
+    for row, used, reason in replaced:
+        if row not in told:
+            log.warning("%s. Replaced when it is drawn (data.on_error skip), this time by row %d.", reason, used)
+            told.add(row)
 
 
 def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: bool = True) -> TrainData:
@@ -113,7 +179,7 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
     report = check(table, numbers, rules, factor=factor, progress=progress)
     problems = [*source.problems, *report.bad.values()]
     refuse_or_warn(problems, source.name, rules)
-    usable = numbers[~np.isin(numbers, list(report.bad))]
+    usable = np.flatnonzero(report.digests)
     if not len(usable):
         raise DataError(f"{source.name} has no usable row")
     facts = {"rows_found": len(table), "left_out": len(problems)} | report.facts
@@ -122,7 +188,7 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
         rules=rules,
         seed=cfg.seed,
         rows=usable,
-        fingerprint=report.fingerprint,
+        digests=report.digests,
         factor=factor,
         facts=facts,
     )
