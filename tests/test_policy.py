@@ -21,7 +21,7 @@ LAYERS = [
     {"config"},
     {"config_tree", "config_yaml", "config_flags", "config_words", "config_options", "config_launch", "config_io"},
     {"objective"},
-    {"checkpoint", "optimization", "provenance", "pretrained", "folder", "images", "iddpm_unet"},
+    {"checkpoint", "optimization", "provenance", "pretrained", "folder", "metadata", "images", "iddpm_unet"},
     {"ema", "grids", "small_images"},
     {"rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},

@@ -16,14 +16,13 @@ from finetune.config_choices import conditions
 from finetune.data_changes import changes, fingerprint
 from finetune.datacheck import check, explain, refuse_or_warn
 from finetune.errors import ConfigError, DataError
+from finetune.folder import Problem
 from finetune.images import BadRow, background_rgb, decode, prepare, strict_pillow
 from finetune.rows import Row, Rows, rows_of
 from finetune.seeding import key, permutation
-from finetune.sources import open_source
-
+from finetune.sources import Source, open_source
 
 log = logging.getLogger(__name__)
-
 REPLACEMENTS = 16  # rows that are tried in the place of one; if half of all are bad, all fail once in 65,536 times
 
 
@@ -99,11 +98,12 @@ class TrainData:
         return self.table.read([row])[0].name
 
     def with_order_of(self, then: np.ndarray) -> TrainData:
-        """The data as it goes on in a run that began with the digests `then`, under data.on_error skip.
+        """The data as a run goes on with it that began with the digests `then`; only for data.on_error skip.
 
-        Rows that turned unusable since keep their places in the order, and are replaced when they are drawn.
+        Rows that turned unusable since keep their places in the order, and are replaced when they are drawn; nothing
+        else may be different (`data_changes.changes`).
         """
-        assert self.rules.on_error == "skip" and changes(then, self.digests).only_unusable
+        assert changes(then, self.digests).only_unusable
         return replace(self, rows=np.flatnonzero(then), digests=then)
 
     def samples(self, rows: Sequence[int], epochs: Sequence[int]) -> list[Sample]:
@@ -177,7 +177,7 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
     factor = parts["low_res"].factor if rules.low_res_column else 1
     numbers = _draw_rows(len(table), rules.max_train_samples, cfg.seed, source.name)
     report = check(table, numbers, rules, factor=factor, progress=progress)
-    problems = [*source.problems, *report.bad.values()]
+    problems = _all_problems(source, report.bad)
     refuse_or_warn(problems, source.name, rules)
     usable = np.flatnonzero(report.digests)
     if not len(usable):
@@ -192,6 +192,16 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
         factor=factor,
         facts=facts,
     )
+
+
+def _all_problems(source: Source, bad: dict[int, Problem]) -> list[Problem]:
+    """Those of the source and of the rows, which are named by their lines of the metadata too; each told once."""
+    told = {problem.name for problem in source.problems}
+    named = [
+        Problem(f"{name} ({source.lines[row]})" if source.lines else name, reason)
+        for row, (name, reason) in bad.items()
+    ]
+    return [*source.problems, *(problem for problem in named if problem.name not in told)]
 
 
 def _draw_rows(found: int, wanted: int | None, seed: int, name: str) -> np.ndarray:

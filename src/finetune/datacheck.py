@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import statistics
 import tempfile
 from collections import Counter
@@ -31,6 +32,7 @@ from finetune.folder import MOST_LISTED, Problem
 from finetune.images import BadRow, decode, strict_pillow
 from finetune.rows import Row, Rows, Unreadable
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a name must not forge lines of a report
 CHUNK = 32  # rows that one thread reads at a time
 VERSION = 2  # of what a check does and stores; raise it with either
 logger = logging.getLogger(__name__)
@@ -84,9 +86,14 @@ def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, prog
 
 def explain(problems: list[Problem], source: str) -> str:
     """All that is wrong with the data, as one message of at most 50 lines."""
-    lines = [f"  {name}: {reason}" for name, reason in problems[:MOST_LISTED]]
+    lines = [f"  {CONTROL.sub(_escaped, f'{name}: {reason}')}" for name, reason in problems[:MOST_LISTED]]
     more = len(problems) - len(lines)
-    return "\n".join([f"{len(problems)} problems in {source}:", *lines, *([f"  ... and {more} more"] if more else [])])
+    count = f"{len(problems)} problem{'s' * (len(problems) > 1)} in {source}:"
+    return "\n".join([count, *lines, *([f"  ... and {more} more"] if more else [])])
+
+
+def _escaped(control: re.Match[str]) -> str:
+    return control[0].encode("unicode_escape").decode()
 
 
 def _check_all(rows: Rows, numbers: np.ndarray, rules: Data, factor: int, progress: bool) -> list[_Checked]:
@@ -178,7 +185,8 @@ def _cache_entry(rows: Rows, numbers: np.ndarray, rules: Data, factor: int) -> P
         rows.label_column, rows.class_names, settings, rules.max_aspect_ratio, _digest(numbers.tobytes()),
         rows.low_res_column, factor, rows.label_from_filename,
     )  # fmt: skip
-    return Path(datasets.config.HF_CACHE_HOME) / "finetune" / "datacheck" / f"{_digest(repr(what).encode())}.safetensors"
+    name = f"{_digest(repr(what).encode())}.safetensors"
+    return Path(datasets.config.HF_CACHE_HOME) / "finetune" / "datacheck" / name
 
 
 def _load(entry: Path, files: str) -> Report | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,8 @@ class Rows:
         if path is None:
             return row.content
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
+                raise BadRow("cannot be read: it is not a file")
             with open(path, "rb") as file:
                 return file.read()
         except FileNotFoundError:
