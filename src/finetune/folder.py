@@ -199,11 +199,15 @@ def _read_text(root: Path, image: str, texts: dict[str, str], problems: list[Pro
     if path is None:
         return None
     try:
-        return (root / path).read_text(encoding="utf-8-sig").strip()
+        text = (root / path).read_text(encoding="utf-8-sig").strip()
+        if "\0" not in text:
+            return text
+        reason = "holds a NUL character"
     except UnicodeDecodeError as error:
-        problems.append(Problem(image, f"has no caption: {path} is not UTF-8 text ({error.reason} at {error.start})"))
+        reason = f"is not UTF-8 text ({error.reason} at byte {error.start})"
     except OSError as error:
-        problems.append(Problem(image, f"has no caption: {path} cannot be read ({error.strerror})"))
+        reason = f"cannot be read ({error.strerror})"
+    problems.append(Problem(image, f"has no caption: {path} {reason}"))
     return None
 
 

@@ -45,23 +45,26 @@ def _json_record(line: str) -> dict[str, Any] | str:
 
 
 def _csv_records(path: Path, lines: TextIO) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    reader = csv.DictReader(lines)
-    try:
-        columns = list(reader.fieldnames or [])
-    except csv.Error as error:
-        raise DataError(f"{path}:1: not CSV: {error}") from None
-    if "file_name" not in columns or len(set(columns)) < len(columns):
-        raise DataError(f"{path}:1: the first line must name the columns, each once, one of them file_name")
+    reader = csv.reader(lines, strict=True)  # else a quote that is never closed takes all that follows for its text
+    columns: list[str] | None = None
     while True:
+        first = reader.line_num + 1
         try:
-            record = next(reader, None)
+            row = next(reader, None)
         except csv.Error as error:
-            yield reader.line_num, f"not CSV: {error}"
-            continue
-        if record is None:
+            row = f"not CSV: {error}"
+        if row is None and columns is not None:
             return
-        whole = None not in record and None not in record.values()
-        yield reader.line_num, record if whole else f"not {len(columns)} values as in the first line"
+        if columns is None:
+            columns = row if isinstance(row, list) else []
+            if "file_name" not in columns or len(set(columns)) < len(columns):
+                raise DataError(f"{path}:1: the first line must name the columns, each once, one of them file_name")
+        elif isinstance(row, str):
+            yield first, row
+        elif row and len(row) != len(columns):
+            yield first, f"not {len(columns)} values as in the first line"
+        elif row:
+            yield first, dict(zip(columns, row, strict=True))
 
 
 def _not_text(record: dict[str, Any]) -> str | None:
