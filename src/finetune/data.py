@@ -66,6 +66,8 @@ class TrainData:
     """[n] int64: the numbers of the usable rows, ascending."""
     digests: np.ndarray
     """[rows found] int64: what identifies the images, captions and label of a row of `rows`; 0 for all others."""
+    fingerprint: str
+    """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order."""
     factor: int
     """Side of an image over that of the small image of data.low_res_column; 1 without one."""
     facts: dict[str, Any]
@@ -74,11 +76,6 @@ class TrainData:
     def __len__(self) -> int:
         """The number of samples of one epoch."""
         return len(self.rows)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order."""
-        return fingerprint(self.digests)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -104,7 +101,7 @@ class TrainData:
         else may be different (`data_changes.changes`).
         """
         assert changes(then, self.digests).only_unusable
-        return replace(self, rows=np.flatnonzero(then), digests=then)
+        return replace(self, rows=np.flatnonzero(then), digests=then, fingerprint=fingerprint(then))
 
     def samples(self, rows: Sequence[int], epochs: Sequence[int]) -> list[Sample]:
         """Make the sample of each row in its epoch.
@@ -179,7 +176,9 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
     report = check(table, numbers, rules, factor=factor, progress=progress)
     problems = _all_problems(source, report.bad)
     refuse_or_warn(problems, source.name, rules)
-    usable = np.flatnonzero(report.digests)
+    digests = np.zeros(len(table), np.int64)
+    digests[numbers] = report.digests
+    usable = np.flatnonzero(digests)
     if not len(usable):
         raise DataError(f"{source.name} has no usable row")
     facts = {"rows_found": len(table), "left_out": len(problems)} | report.facts
@@ -188,7 +187,8 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
         rules=rules,
         seed=cfg.seed,
         rows=usable,
-        digests=report.digests,
+        digests=digests,
+        fingerprint=fingerprint(digests),
         factor=factor,
         facts=facts,
     )

@@ -45,8 +45,7 @@ class Report:
     bad: dict[int, Problem]
     """The rows that cannot be used."""
     digests: np.ndarray
-    """[rows found] int64: identifies the images, captions and label of a usable row, wherever they are stored; else 0.
-    """
+    """[rows checked] int64: identifies images, captions and label of a usable row, wherever they are stored; else 0."""
     facts: dict[str, Any]
     """Numbers about the usable rows, all of JSON's types."""
 
@@ -76,8 +75,7 @@ def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, prog
         return known
     checked = _check_all(rows, numbers, rules, factor, progress)
     good = [row for row in checked if not row.problem]
-    digests = np.zeros(len(rows), np.int64)
-    digests[[row.number for row in good]] = [row.digest for row in good]
+    digests = np.array([row.digest for row in checked], np.int64)
     report = Report({row.number: row.problem for row in checked if row.problem}, digests, _facts(rows, good, rules))
     if not any(row.passing for row in checked):
         _store(entry, files, report)
