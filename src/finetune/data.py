@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from finetune.config import Data, TrainConfig
 from finetune.config_choices import conditions
-from finetune.data_changes import changes, fingerprint
+from finetune.data_changes import fingerprint
 from finetune.datacheck import check, explain, refuse_or_warn
 from finetune.errors import ConfigError, DataError
 from finetune.folder import Problem
@@ -97,10 +97,11 @@ class TrainData:
     def with_order_of(self, then: np.ndarray) -> TrainData:
         """The data as a run goes on with it that began with the digests `then`; only for data.on_error skip.
 
-        Rows that turned unusable since keep their places in the order, and are replaced when they are drawn; nothing
-        else may be different (`data_changes.changes`).
+        Rows that turned unusable since keep their places in the order, and are replaced when they are drawn; rows that
+        were unusable then stay left out. No row may hold anything else (`data_changes.changes`).
         """
-        assert changes(then, self.digests).only_unusable
+        now = self.digests
+        assert len(then) == len(now) and ((then == now) | (then == 0) | (now == 0)).all()
         return replace(self, rows=np.flatnonzero(then), digests=then, fingerprint=fingerprint(then))
 
     def samples(self, rows: Sequence[int], epochs: Sequence[int]) -> list[Sample]:
