@@ -34,7 +34,7 @@ from finetune.rows import Row, Rows, Unreadable
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a name must not forge lines of a report
 CHUNK = 32  # rows that one thread reads at a time
-VERSION = 2  # of what a check does and stores; raise it with either
+VERSION = 3  # of what a check does and stores; raise it with either
 logger = logging.getLogger(__name__)
 
 
