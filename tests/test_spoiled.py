@@ -16,7 +16,7 @@ from PIL import Image
 
 import finetune.trainer
 from finetune.batching import make_loader
-from finetune.data import REPLACEMENTS, TrainData, open_data, warn_of_replaced
+from finetune.data import REPLACEMENTS, TrainData, open_data, report_replaced
 from finetune.errors import DataError
 from finetune.trainer import Trainer
 from forked import last_step, log, metrics, run, state
@@ -159,8 +159,9 @@ def test_batches_carry_what_was_replaced_and_it_is_said_once(tmp_path, caplog):
     told: set[int] = set()
     with caplog.at_level(logging.WARNING):
         for batch in batches:
-            warn_of_replaced(batch.replaced, told)
-    assert len(caplog.records) == 1 and "07.png is not" in caplog.text and told == {7}
+            report_replaced(batch.replaced, told)
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR and "07.png is not" in caplog.text and told == {7}
 
 
 def test_the_order_of_the_start_is_kept_when_rows_turn_unusable(tmp_path):

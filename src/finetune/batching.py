@@ -47,7 +47,7 @@ class Batch:
     low_res: torch.Tensor | None = None
     """[B, channels, side, side] float32 in [-1, 1]: the small images of data.low_res_column."""
     replaced: tuple[Replaced, ...] = ()
-    """The rows that turned unusable, for which others of `rows` stand in: see `data.warn_of_replaced`."""
+    """The rows that turned unusable, for which others of `rows` stand in: see `data.report_replaced`."""
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -109,7 +109,7 @@ class TrainData:
 
         A row that turned unusable since it was checked is a DataError; with data.on_error skip another row stands in
         for it, which follows from (seed, epoch, row), so that every process and every resume makes the same of it.
-        Training says so once per row: see `warn_of_replaced`.
+        Training says so once per row: see `report_replaced`.
         """
         with strict_pillow():
             return [self._sample(row, int(e)) for row, e in zip(self.table.read(rows), epochs, strict=True)]
@@ -141,11 +141,14 @@ class TrainData:
         return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res)
 
 
-def warn_of_replaced(replaced: Sequence[Replaced], told: set[int]) -> None:
-    """Log each replaced row that is not in `told` yet, and add it; for the training process, batch by batch."""
+def report_replaced(replaced: Sequence[Replaced], told: set[int]) -> None:
+    """Log each replaced row that is not in `told` yet, and add it; for the training process, batch by batch.
+
+    As an error: of processes other than the main one nothing less is shown, and each reads rows of its own.
+    """
     for row, used, reason in replaced:
         if row not in told:
-            log.warning("%s. Replaced when it is drawn (data.on_error skip), this time by row %d.", reason, used)
+            log.error("%s. Replaced when it is drawn (data.on_error skip), this time by row %d.", reason, used)
             told.add(row)
 
 

@@ -53,7 +53,7 @@ class Subject:
         The position of a sample is its row, so that what is drawn for it depends on nothing else but the seed.
         """
         from finetune.batching import collate
-        from finetune.data import warn_of_replaced
+        from finetune.data import report_replaced
 
         told: set[int] = set()
         rows = self.data.rows[permutation(seed, "evaluate", 0, len(self.data))[:num_samples]]
@@ -61,7 +61,7 @@ class Subject:
             part = [int(row) for row in rows[start : start + batch_size]]
             samples = self.data.samples(part, [0] * len(part))
             batch = collate([((row, 0, row), sample) for row, sample in zip(part, samples, strict=True)])
-            warn_of_replaced(batch.replaced, told)
+            report_replaced(batch.replaced, told)
             yield batch
 
     def condition(self, batch: Batch) -> dict[str, Tensor]:
