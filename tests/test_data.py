@@ -269,7 +269,8 @@ def test_captions_must_be_there_and_may_be_empty(tmp_path):
     assert opened("text", train_data_dir=str(folder)).facts["captions"]["empty"] == 6
     metadata(folder, [*records()[:4], {"file_name": "e.png"}, {"file_name": "f.png", "text": None}])
     message = refusal("text", train_data_dir=str(folder))
-    assert message.startswith("2 problems") and "e.png: has no caption" in message and "f.png: has no" in message
+    assert message.startswith("2 problems") and "e.png (metadata.jsonl:5): has no caption" in message
+    assert "f.png (metadata.jsonl:6): has no caption" in message
     assert len(opened("text", train_data_dir=str(folder), on_error="skip")) == 4
     assert len(opened(train_data_dir=str(folder))) == 6  # captions are not used
 
@@ -283,7 +284,7 @@ def test_metadata_and_images_must_match(tmp_path):
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{oops\n')
     assert "metadata.jsonl:2: not JSON" in refusal(train_data_dir=str(folder))
     metadata(folder, [{**records()[0], "text": 1}, records()[1]])
-    assert "mixes types" in refusal("text", train_data_dir=str(folder))
+    assert "a.png (metadata.jsonl:1): 'text' is a number where other" in refusal("text", train_data_dir=str(folder))
     (folder / "metadata.csv").write_text("file_name\na.png\n")
     assert "keep one of them" in refusal(train_data_dir=str(folder))
     (folder / "metadata.jsonl").unlink()
@@ -300,15 +301,16 @@ def test_metadata_and_images_must_match(tmp_path):
 def test_paths_out_of_the_folder_are_refused_with_their_line(path, reason, tmp_path):
     (tmp_path / "secret.png").write_bytes(png(0))
     folder = metadata(images(tmp_path / "data"), [records()[0], {"file_name": path, "text": "x"}])
-    for mode in ("error", "skip"):
-        message = refusal("text", train_data_dir=str(folder), on_error=mode)
-        assert "metadata.jsonl:2" in message and reason in message
+    message = refusal("text", train_data_dir=str(folder))
+    assert "metadata.jsonl:2: file_name" in message and reason in message
+    data = opened("text", train_data_dir=str(folder), on_error="skip")
+    assert [data.table.read([row])[0].path for row in data.rows] == ["a.png"]
     if path is not None:
         Dataset.from_dict({"image": ["a.png", path]}).to_csv(folder / "table.csv")
         assert "row 1" in refusal(dataset_name=str(folder / "table.csv"))
         rows = Dataset.from_dict({"image": [{"bytes": png(0), "path": None}, {"bytes": None, "path": path}]})
         rows.to_parquet(folder / "table.parquet")
-        assert refusal(dataset_name=str(folder / "table.parquet")).startswith("1 problems")
+        assert refusal(dataset_name=str(folder / "table.parquet")).startswith("1 problem ")
 
 
 def test_links_out_of_the_folder_are_refused(tmp_path):
@@ -317,11 +319,16 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
     (folder / "within.png").symlink_to(folder / "a.png")
     assert len(opened(train_data_dir=str(folder))) == 7
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    assert "link.png ->" in refusal(train_data_dir=str(folder), on_error="skip")
+    assert "link.png: is a link that leads out of the folder" in refusal(train_data_dir=str(folder))
+    assert len(opened(train_data_dir=str(folder), on_error="skip")) == 7
     (folder / "link.png").unlink()
     (folder / "sub").symlink_to(tmp_path, target_is_directory=True)
     assert "link to a folder" in refusal(train_data_dir=str(folder))
+    assert len(opened(train_data_dir=str(folder), on_error="skip")) == 7
     (folder / "sub").unlink()
+    (folder / "metadata.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    assert "leads out of the folder" in refusal(train_data_dir=str(folder), on_error="skip")  # not other data instead
+    (folder / "metadata.jsonl").unlink()
     whole = tmp_path / "linked"
     whole.symlink_to(folder)  # what the user names may be a link
     data = opened(train_data_dir=str(whole))
@@ -398,8 +405,8 @@ def test_the_cache_holds_for_data_from_python_and_parquet_and_survives_damage(tm
         decoded.clear()
         first = opened(**source)
         assert len(decoded) == 6 and opened(**source).fingerprint == first.fingerprint and len(decoded) == 6
-    for entry in (tmp_path / "caches").rglob("datacheck/*.json"):
-        entry.write_text("{")
+    for entry in (tmp_path / "caches").rglob("datacheck/*.safetensors"):
+        entry.write_bytes(entry.read_bytes()[:-8] + bytes(8))
     assert opened(dataset=memory()).fingerprint == first.fingerprint and len(decoded) == 12
     assert "made anew" in caplog.text
 

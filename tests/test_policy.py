@@ -15,13 +15,13 @@ IDS = [path.relative_to(ROOT / "src" / "finetune").as_posix() for path in SOURCE
 
 # From the bottom to the top: a module imports from its own line and the lines before it.
 LAYERS = [
-    {"errors", "config_types", "hub_worker", "own_code", "frechet"},
+    {"errors", "config_types", "hub_worker", "own_code", "frechet", "data_changes"},
     {"config_choices", "config_data", "config_levels", "config_objective", "config_sample"},
     {"hub", "lock", "signals", "seeding"},
     {"config"},
     {"config_tree", "config_yaml", "config_flags", "config_words", "config_options", "config_launch", "config_io"},
     {"objective"},
-    {"checkpoint", "optimization", "provenance", "pretrained", "folder", "images", "iddpm_unet"},
+    {"checkpoint", "optimization", "provenance", "pretrained", "folder", "metadata", "images", "iddpm_unet"},
     {"ema", "grids", "small_images"},
     {"order", "shards", "rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},

@@ -178,7 +178,7 @@ def test_a_changed_order_or_changed_shards_are_another_run(tmp_path, digits):
     assert run(streamed(tmp_path / "run", digits, data={"shuffle_buffer_size": 30})) == [1]
     assert "data.shuffle_buffer_size: 60 -> 30" in log(cfg)
     assert run(streamed(tmp_path / "run", digits, data={"max_train_samples": 20})) == [1]
-    assert log(cfg).count("content of the data") == 1
+    assert "data.content: " in log(cfg)
 
 
 def test_a_damaged_shard_ends_the_run_with_its_name(tmp_path):

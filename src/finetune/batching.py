@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetune.config import TrainConfig
-from finetune.data import Sample, TrainData
+from finetune.data import Replaced, Sample, TrainData
 from finetune.order import Order
 
 Place = tuple[int, int, int]  # position in the run, epoch, row
@@ -38,13 +38,15 @@ class Batch:
     class_labels: torch.Tensor | None
     """[B] int64."""
     rows: torch.Tensor
-    """[B] int64: number of the row in the data set."""
+    """[B] int64: number of the row in the data set that the sample is made of."""
     positions: torch.Tensor
     """[B] int64: position of the sample in the run."""
     time_ids: torch.Tensor | None = None
     """[B, 6] float32, SDXL's sizes in pixels: see `images.Prepared`."""
     low_res: torch.Tensor | None = None
     """[B, channels, side, side] float32 in [-1, 1]: the small images of data.low_res_column."""
+    replaced: tuple[Replaced, ...] = ()
+    """The rows that turned unusable, for which others of `rows` stand in: see `data.report_replaced`."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -110,10 +112,11 @@ def collate(samples: list[tuple[Place, Sample]]) -> Batch:
         pixel_values=torch.stack([sample.pixels for sample in made]),
         captions=None if captions[0] is None else captions,
         class_labels=None if labels[0] is None else torch.tensor(labels),
-        rows=torch.tensor([row for _, _, row in places]),
+        rows=torch.tensor([sample.row for sample in made]),
         positions=torch.tensor([position for position, _, _ in places]),
         time_ids=torch.tensor([sample.time_ids for sample in made], dtype=torch.float32),
         low_res=None if made[0].low_res is None else torch.stack([sample.low_res for sample in made]),
+        replaced=tuple(sample.replaced for sample in made if sample.replaced),
     )
 
 

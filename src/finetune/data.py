@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from datasets import Dataset
 
 from finetune.config import Data, TrainConfig
 from finetune.config_choices import conditions
+from finetune.data_changes import fingerprint
 from finetune.datacheck import check, explain, refuse_or_warn
 from finetune.errors import ConfigError, DataError
+from finetune.folder import Problem
 from finetune.images import BadRow, background_rgb, decode, prepare, strict_pillow
 from finetune.order import Order, RowOrder, UnitOrder, Units
 from finetune.rows import Row, Rows, rows_of
@@ -22,12 +25,27 @@ from finetune.seeding import key, permutation
 from finetune.shards import Shards
 from finetune.sources import Source, open_source
 
+log = logging.getLogger(__name__)
 FIRST_ROWS = 16  # rows of a stream that are checked before training
+REPLACEMENTS = 16  # rows that are tried in the place of one; if half of all are bad, all fail once in 65,536 times
+
+
+class Replaced(NamedTuple):
+    """A row that turned unusable after the check, and was replaced in one sample (data.on_error skip)."""
+
+    row: int
+    used: int
+    """The row that stands in for it."""
+    reason: str
+    """Names the row, or its file, and what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """One training example."""
+
+    row: int
+    """Its number in the data set."""
 
     pixels: torch.Tensor
     """[channels, resolution, resolution] float32 in [-1, 1]."""
@@ -37,6 +55,8 @@ class Sample:
     """Sizes: see `images.Prepared`."""
     low_res: torch.Tensor | None
     """The small image, if the data has one: see `images.Prepared`."""
+    replaced: Replaced | None = None
+    """Set if `row` stands in for another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +68,8 @@ class TrainData:
     seed: int
     rows: np.ndarray | Units
     """[n] int64: the numbers of the usable rows, ascending; of a stream, those that are not known to be unusable."""
+    digests: np.ndarray
+    """[rows found] int64: what identifies the images, captions and label of a row of `rows`; 0 for all others."""
     fingerprint: str
     """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order; of a stream,
     wherever the same files are: by their footers and sizes."""
@@ -80,23 +102,67 @@ class TrainData:
         """The captions of a row, of which each epoch draws one; None unless the conditioning is text."""
         return self.table.captions(self.table.read([row])[0])
 
+    def name(self, row: int) -> str:
+        """What a message calls a row: its file, its number, or both."""
+        return self.table.read([row])[0].name
+
+    def with_order_of(self, then: np.ndarray) -> TrainData:
+        """The data as a run goes on with it that began with the digests `then`; only for data.on_error skip.
+
+        Rows that turned unusable since keep their places in the order, and are replaced when they are drawn; rows that
+        were unusable then stay left out. No row may hold anything else (`data_changes.changes`).
+        """
+        now = self.digests
+        assert len(then) == len(now) and ((then == now) | (then == 0) | (now == 0)).all()
+        return replace(self, rows=np.flatnonzero(then), digests=then, fingerprint=fingerprint(then))
+
     def samples(self, rows: Sequence[int], epochs: Sequence[int]) -> list[Sample]:
-        """Make the sample of each row in its epoch. Raises DataError if a row changed since it was checked."""
+        """Make the sample of each row in its epoch.
+
+        A row that turned unusable since it was checked is a DataError; with data.on_error skip another row stands in
+        for it, which follows from (seed, epoch, row), so that every process and every resume makes the same of it.
+        Training says so once per row: see `report_replaced`.
+        """
         with strict_pillow():
             return [self._sample(row, int(e)) for row, e in zip(self.table.read(rows), epochs, strict=True)]
 
     def _sample(self, row: Row, epoch: int) -> Sample:
         try:
-            image = decode(self.table.image_bytes(row), self.rules).image
-            small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
-            options, label = self.table.captions(row), self.table.label(row)
+            return self._made(row, epoch)
         except BadRow as problem:
             checked = "" if isinstance(self.rows, Units) else "; it was usable when the data was checked"
-            raise DataError(f"{self.table.name(row)} {problem}{checked}") from None
+            reason = f"{self.table.name(row)} {problem}{checked}"
+        if self.rules.on_error == "error":
+            raise DataError(reason)
+        for attempt in range(REPLACEMENTS):
+            drawn = key(self.seed, "replacement", epoch, row.number, attempt) % len(self.rows)
+            other = int(self.rows[drawn])
+            try:
+                made = self._made(self.table.read([other])[0], epoch)
+            except BadRow:
+                continue
+            return replace(made, replaced=Replaced(row.number, other, reason))
+        raise DataError(f"{reason}; nor can any of the {REPLACEMENTS} rows be used that were drawn in its place")
+
+    def _made(self, row: Row, epoch: int) -> Sample:
+        image = decode(self.table.image_bytes(row), self.rules).image
+        small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
+        options, label = self.table.captions(row), self.table.label(row)
         place = {"seed": self.seed, "epoch": epoch, "row": row.number}
         made = prepare(image, self.rules, **place, small=small, factor=self.factor)
         caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]
-        return Sample(made.pixels, caption, label, made.time_ids, made.low_res)
+        return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res)
+
+
+def report_replaced(replaced: Sequence[Replaced], told: set[int]) -> None:
+    """Log each replaced row that is not in `told` yet, and add it; for the training process, batch by batch.
+
+    As an error: of processes other than the main one nothing less is shown, and each reads rows of its own.
+    """
+    for row, used, reason in replaced:
+        if row not in told:
+            log.error("%s. Replaced when it is drawn (data.on_error skip), this time by row %d.", reason, used)
+            told.add(row)
 
 
 def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: bool = True) -> TrainData:
@@ -127,9 +193,11 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
         return _open_stream(table, source, cfg, factor)
     numbers = _draw_rows(len(table), rules.max_train_samples, cfg.seed, source.name)
     report = check(table, numbers, rules, factor=factor, progress=progress)
-    problems = [*source.problems, *report.bad.values()]
+    problems = _all_problems(source, report.bad)
     refuse_or_warn(problems, source.name, rules)
-    usable = numbers[~np.isin(numbers, list(report.bad))]
+    digests = np.zeros(len(table), np.int64)
+    digests[numbers] = report.digests
+    usable = np.flatnonzero(digests)
     if not len(usable):
         raise DataError(f"{source.name} has no usable row")
     facts = {"rows_found": len(table), "left_out": len(problems)} | report.facts
@@ -138,7 +206,8 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
         rules=rules,
         seed=cfg.seed,
         rows=usable,
-        fingerprint=report.fingerprint,
+        digests=digests,
+        fingerprint=fingerprint(digests),
         factor=factor,
         facts=facts,
     )
@@ -166,10 +235,21 @@ def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> 
         rules=rules,
         seed=cfg.seed,
         rows=rows,
+        digests=np.zeros(0, np.int64),
         fingerprint=content.hexdigest(),
         factor=factor,
         facts=facts | ({"commit": source.commit} if source.commit else {}),
     )
+
+
+def _all_problems(source: Source, bad: dict[int, Problem]) -> list[Problem]:
+    """Those of the source and of the rows, which are named by their lines of the metadata too; each told once."""
+    told = {problem.name for problem in source.problems}
+    named = [
+        Problem(f"{name} ({source.lines[row]})" if source.lines else name, reason)
+        for row, (name, reason) in bad.items()
+    ]
+    return [*source.problems, *(problem for problem in named if problem.name not in told)]
 
 
 def _draw_rows(found: int, wanted: int | None, seed: int, name: str) -> np.ndarray:

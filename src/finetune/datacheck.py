@@ -9,28 +9,32 @@ import hashlib
 import json
 import logging
 import os
+import re
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import PIL
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from finetune.config import Data
+from finetune.data_changes import fingerprint
 from finetune.errors import DataError
 from finetune.folder import MOST_LISTED, Problem
 from finetune.images import BadRow, decode, strict_pillow
-from finetune.rows import Row, Rows
+from finetune.rows import Row, Rows, Unreadable
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a name must not forge lines of a report
 CHUNK = 32  # rows that one thread reads at a time
-VERSION = 1  # of what a check does and stores; raise it with either
+VERSION = 3  # of what a check does and stores; raise it with either
 logger = logging.getLogger(__name__)
 
 
@@ -40,8 +44,8 @@ class Report:
 
     bad: dict[int, Problem]
     """The rows that cannot be used."""
-    fingerprint: str
-    """Identifies the content of the usable rows in their order: images, captions, labels. No paths, no settings."""
+    digests: np.ndarray
+    """[rows checked] int64: identifies images, captions and label of a usable row, wherever they are stored; else 0."""
     facts: dict[str, Any]
     """Numbers about the usable rows, all of JSON's types."""
 
@@ -51,9 +55,10 @@ class _Checked:
     """One row after its check: a problem, or what it is."""
 
     number: int
-    stamp: bytes
     problem: Problem | None
-    digest: bytes = b""
+    passing: bool = False
+    """Whether the problem may pass while the file stays as it is."""
+    digest: int = 0
     size: tuple[int, int] = (0, 0)
     traits: frozenset[str] = frozenset()
     captions: tuple[str, ...] = ()
@@ -65,26 +70,28 @@ def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, prog
 
     Decoding runs in threads: Pillow's decoders let go of Python's lock. Costs about what one epoch of decoding costs.
     """
-    entry = _cache_entry(rows, numbers, rules, factor)
-    known = _load(entry)
-    if known is not None and (known["files"] is None or known["files"] == _stamps(rows, numbers)):
-        bad = {number: Problem(name, reason) for number, name, reason in known["bad"]}
-        return Report(bad, known["fingerprint"], known["facts"])
+    entry, files = _cache_entry(rows, numbers, rules, factor), _files_digest(rows, numbers)
+    if known := _load(entry, files):
+        return known
     checked = _check_all(rows, numbers, rules, factor, progress)
-    bad = {row.number: row.problem for row in checked if row.problem}
     good = [row for row in checked if not row.problem]
-    report = Report(bad, _digest(row.digest for row in good), _facts(rows, good, rules))
-    listed = [[number, *problem] for number, problem in bad.items()]
-    files = _digest(row.stamp for row in checked) if any(row.stamp for row in checked) else None
-    _store(entry, {"bad": listed, "fingerprint": report.fingerprint, "facts": report.facts, "files": files})
+    digests = np.array([row.digest for row in checked], np.int64)
+    report = Report({row.number: row.problem for row in checked if row.problem}, digests, _facts(rows, good, rules))
+    if not any(row.passing for row in checked):
+        _store(entry, files, report)
     return report
 
 
 def explain(problems: list[Problem], source: str) -> str:
     """All that is wrong with the data, as one message of at most 50 lines."""
-    lines = [f"  {name}: {reason}" for name, reason in problems[:MOST_LISTED]]
+    lines = [f"  {CONTROL.sub(_escaped, f'{name}: {reason}')}" for name, reason in problems[:MOST_LISTED]]
     more = len(problems) - len(lines)
-    return "\n".join([f"{len(problems)} problems in {source}:", *lines, *([f"  ... and {more} more"] if more else [])])
+    count = f"{len(problems)} problem{'s' * (len(problems) > 1)} in {source}:"
+    return "\n".join([count, *lines, *([f"  ... and {more} more"] if more else [])])
+
+
+def _escaped(control: re.Match[str]) -> str:
+    return control[0].encode("unicode_escape").decode()
 
 
 def _check_all(rows: Rows, numbers: np.ndarray, rules: Data, factor: int, progress: bool) -> list[_Checked]:
@@ -101,7 +108,6 @@ def _check_all(rows: Rows, numbers: np.ndarray, rules: Data, factor: int, progre
 
 
 def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
-    stamp = _stamp(rows, row)  # before reading: a file that changes meanwhile is checked again by the next run
     try:
         captions, label = rows.captions(row), rows.label(row)
         content = rows.image_bytes(row)
@@ -110,9 +116,9 @@ def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
         if row.small:
             _check_pair(decode(small, rules).size, decoded.size, factor)
     except BadRow as problem:
-        return _Checked(row.number, stamp, Problem(row.name, str(problem)))
+        return _Checked(row.number, Problem(row.name, str(problem)), passing=isinstance(problem, Unreadable))
     digest = rows.digest(row, content, small)
-    return _Checked(row.number, stamp, None, digest, decoded.size, decoded.traits, captions or (), label)
+    return _Checked(row.number, None, False, digest, decoded.size, decoded.traits, captions or (), label)
 
 
 def _check_pair(small: tuple[int, int], size: tuple[int, int], factor: int) -> None:
@@ -132,6 +138,7 @@ def _facts(rows: Rows, good: list[_Checked], rules: Data) -> dict[str, Any]:
         sizes = [row.size[index] for row in good]
         facts[side] = {"min": min(sizes), "median": statistics.median_low(sizes), "max": max(sizes)}
     facts["upscaled"] = sum(min(row.size) < rules.resolution for row in good)
+    facts["duplicates"] = len(good) - len({row.digest for row in good})
     facts["traits"] = dict(sorted(Counter(trait for row in good for trait in row.traits).items()))
     if rows.caption_columns:
         captions = [caption for row in good for caption in row.captions]
@@ -148,30 +155,24 @@ def _facts(rows: Rows, good: list[_Checked], rules: Data) -> dict[str, Any]:
     return facts
 
 
-def _digest(parts: Iterable[bytes]) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        total.update(part)
-    return total.hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _stamps(rows: Rows, numbers: np.ndarray) -> str:
-    """A digest of the size and time of every file that the rows name."""
-    chunks = (rows.read(numbers[start : start + 1000]) for start in range(0, len(numbers), 1000))
-    return _digest(_stamp(rows, row) for chunk in chunks for row in chunk)
+def _files_digest(rows: Rows, numbers: np.ndarray) -> str:
+    """Of the size and time of every file that the rows name."""
+    states = [_size_and_time(path) for paths in rows.paths() for path in paths[numbers]]
+    return _digest(np.array(states, np.int64).tobytes())
 
 
-def _stamp(rows: Rows, row: Row) -> bytes:
-    """Number, size and time of the row's files; empty if the data set itself holds the images."""
-    if row.small is not None:
-        return _stamp(rows, replace(row, small=None)) + _stamp(rows, row.small)
-    if row.content is not None:
-        return b""
+def _size_and_time(path: str | None) -> tuple[int, int]:
+    if path is None:
+        return -1, -1
     try:
-        state = os.stat(rows.file(row))
-    except (BadRow, OSError) as problem:
-        return f"{row.number} {problem}\n".encode()
-    return f"{row.number} {state.st_size} {state.st_mtime_ns}\n".encode()
+        state = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL character
+        return -2, -2
+    return state.st_size, state.st_mtime_ns
 
 
 def _cache_entry(rows: Rows, numbers: np.ndarray, rules: Data, factor: int) -> Path:
@@ -179,28 +180,40 @@ def _cache_entry(rows: Rows, numbers: np.ndarray, rules: Data, factor: int) -> P
     settings = (rules.resolution, rules.channels, rules.background, rules.max_pixels, rules.min_side)
     what = (
         VERSION, PIL.__version__, rows.dataset._fingerprint, rows.folders, rows.image_column, rows.caption_columns,
-        rows.label_column, rows.class_names, settings, rules.max_aspect_ratio, _digest([numbers.tobytes()]),
+        rows.label_column, rows.class_names, settings, rules.max_aspect_ratio, _digest(numbers.tobytes()),
         rows.low_res_column, factor, rows.label_from_filename,
     )  # fmt: skip
-    return Path(datasets.config.HF_CACHE_HOME) / "finetune" / "datacheck" / f"{_digest([repr(what).encode()])}.json"
+    name = f"{_digest(repr(what).encode())}.safetensors"
+    return Path(datasets.config.HF_CACHE_HOME) / "finetune" / "datacheck" / name
 
 
-def _load(entry: Path) -> dict[str, Any] | None:
+def _load(entry: Path, files: str) -> Report | None:
+    """The stored report, if it is whole and of files as they are now."""
     try:
-        return json.loads(entry.read_text(encoding="utf-8"))
+        with safe_open(entry, framework="numpy") as stored:
+            known, digests = json.loads(stored.metadata()["report"]), stored.get_tensor("digests")
+        if fingerprint(digests) != known["fingerprint"]:
+            raise ValueError("its content is not what was written")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         logger.warning("the stored check of the data, %s, cannot be read and is made anew: %s", entry, error)
         return None
+    bad = {number: Problem(name, reason) for number, name, reason in known["bad"]}
+    return Report(bad, digests, known["facts"]) if known["files"] == files else None
 
 
-def _store(entry: Path, report: dict[str, Any]) -> None:
-    """Write all or nothing. A cache that cannot be written costs the next run some time, and this one nothing."""
+def _store(entry: Path, files: str, report: Report) -> None:
+    """Write all or nothing. A cache that cannot be written costs the next run some time, and this one nothing.
+
+    files: as they were before they were read, so that one that changes meanwhile is checked again by the next run.
+    """
+    bad = [[number, *problem] for number, problem in report.bad.items()]
+    known = {"bad": bad, "facts": report.facts, "files": files, "fingerprint": fingerprint(report.digests)}
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False, encoding="utf-8") as file:
-            json.dump(report, file)
+        with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
+            file.write(save({"digests": report.digests}, metadata={"report": json.dumps(known)}))
         os.replace(file.name, entry)
     except OSError as error:
         logger.warning("the check of the data cannot be kept for the next run: %s", error)

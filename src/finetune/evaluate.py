@@ -53,12 +53,16 @@ class Subject:
         The position of a sample is its row, so that what is drawn for it depends on nothing else but the seed.
         """
         from finetune.batching import collate
+        from finetune.data import report_replaced
 
+        told: set[int] = set()
         rows = self.data.rows[permutation(seed, "evaluate", 0, len(self.data))[:num_samples]]
         for start in range(0, len(rows), batch_size):
             part = [int(row) for row in rows[start : start + batch_size]]
             samples = self.data.samples(part, [0] * len(part))
-            yield collate([((row, 0, row), sample) for row, sample in zip(part, samples, strict=True)])
+            batch = collate([((row, 0, row), sample) for row, sample in zip(part, samples, strict=True)])
+            report_replaced(batch.replaced, told)
+            yield batch
 
     def condition(self, batch: Batch) -> dict[str, Tensor]:
         """The condition of each sample, as in training but for its dropout."""

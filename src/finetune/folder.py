@@ -6,9 +6,8 @@ links and paths out of the folder, guesses splits from file names, and knows no 
 
 from __future__ import annotations
 
-import csv
-import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 from finetune.errors import DataError
 from finetune.images import EXTENSIONS, FORMATS
+from finetune.metadata import records
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 TABLES = frozenset({".parquet", ".arrow", ".csv", ".json", ".jsonl"})
@@ -41,15 +41,31 @@ class Listing:
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
-    links: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    """What is not looked into or not opened: see `_walk`."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of images, read."""
+
+    columns: dict[str, list[Any]]
+    """"image" holds paths relative to the folder."""
+    class_names: list[str] | None
+    """Of "label", if it is the sub-folder."""
+    problems: list[Problem]
+    lines: list[str] | None
+    """Where the metadata tells of each row, such as "metadata.jsonl:7"; None without metadata."""
 
 
 def scan(root: Path) -> Listing:
-    """List the files under `root`, which is resolved first. Raises DataError at a link to a folder (not followed)."""
+    """List the files under `root`, which is resolved first; links to folders are not followed."""
     listing = Listing(Path(os.path.realpath(root)))
-    for path, linked in sorted(_walk(listing.root, "")):
+    for path, problem in sorted(_walk(listing.root, "")):
         name, suffix = path.rsplit("/", 1)[-1], os.path.splitext(path)[1].lower()
-        if name in METADATA or name == "metadata.parquet":
+        if problem:
+            listing.problems.append(Problem(path, problem))
+        elif name in METADATA or name == "metadata.parquet":
             listing.metadata.append(path)
         elif suffix in EXTENSIONS:
             listing.images.append(path)
@@ -59,23 +75,47 @@ def scan(root: Path) -> Listing:
             listing.tables.append(path)
         elif suffix in UNSUPPORTED:
             listing.unsupported.append(path)
-        if linked:
-            listing.links.append(path)
     return listing
 
 
-def _walk(root: Path, under: str) -> Iterator[tuple[str, bool]]:
-    with os.scandir(root / under) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):  # .git, .DS_Store, and the ._a.jpg that macOS leaves on foreign disks
-                continue
-            path = under + entry.name
-            if not entry.is_dir():
-                yield path, entry.is_symlink()
-            elif entry.is_symlink():
-                raise DataError(f"{root / path} is a link to a folder, which is not followed: name that folder itself")
-            else:
-                yield from _walk(root, path + "/")
+def _walk(root: Path, under: str) -> Iterator[tuple[str, str]]:
+    """(path, "") of each file that may be opened, (path, reason) of what is none."""
+    try:
+        with os.scandir(root / under) as entries:
+            found = list(entries)
+    except OSError as error:
+        yield under.rstrip("/") or ".", f"cannot be listed: {error.strerror}"
+        return
+    for entry in found:
+        if entry.name.startswith("."):  # .git, .DS_Store, and the ._a.jpg that macOS leaves on foreign disks
+            continue
+        path = under + entry.name
+        if any("\ud800" <= letter <= "\udfff" for letter in entry.name):  # how Python shows bytes that are no text
+            yield path.encode("ascii", "backslashreplace").decode(), "has a name that is not UTF-8 text: rename it"
+        elif entry.is_symlink():
+            yield path, _refusal_of_link(os.path.join(root, path), str(root))
+        elif entry.is_dir():
+            yield from _walk(root, path + "/")
+        else:
+            odd = _is_opened(path) and not entry.is_file()  # a pipe would be waited for without end
+            yield path, "is neither a file nor a folder" if odd else ""
+
+
+def _refusal_of_link(path: str, root: str) -> str:
+    """Why a link is not opened, or ""."""
+    if os.path.isdir(path):
+        return f"is a link to a folder, which is not followed ({os.path.realpath(path)}): copy that folder"
+    if not _is_opened(path):
+        return ""
+    if not is_within(path, (root,)):
+        return f"is a link that leads out of the folder of the data ({os.path.realpath(path)}): copy the file"
+    return "" if os.path.isfile(path) else "is a link that leads to no file"
+
+
+def _is_opened(path: str) -> bool:
+    """Whether files of this name are opened by `image_bytes` or here; tables are opened by datasets."""
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix in EXTENSIONS or suffix == ".txt" or os.path.basename(path) in METADATA
 
 
 def choose_split(listing: Listing, split: str) -> Listing:
@@ -86,13 +126,17 @@ def choose_split(listing: Listing, split: str) -> Listing:
         return listing
     if split not in tops:
         raise DataError(f"{listing.root} has no split {split!r} (data.split); it has: {', '.join(sorted(tops))}")
-    return scan(listing.root / split)
+    chosen = scan(listing.root / split)
+    chosen.problems += [problem for problem in listing.problems if problem.name.split("/", 1)[0] not in SPLITS]
+    return chosen
 
 
 def unsafe_path(path: object) -> str | None:
     """Why a path that was read from a file must not be opened, or None: it has to be relative and stay below."""
     if not isinstance(path, str) or not path:
         return f"is not a file name: {path!r}"
+    if "\0" in path:
+        return f"holds a NUL character: {path!r}"
     if "://" in path or "::" in path:
         return f"is an address, not a local file: {path!r}"
     if PurePosixPath(path).is_absolute() or PureWindowsPath(path).anchor:
@@ -108,14 +152,17 @@ def is_within(path: str, folders: tuple[str, ...]) -> bool:
     return any(real.startswith(os.path.join(folder, "")) for folder in folders)
 
 
-def read_folder(listing: Listing, *, captions: bool) -> tuple[dict[str, list[Any]], list[str] | None, list[Problem]]:
-    """Columns of an image folder ("image" holds paths relative to it), its class names, and what is wrong with it.
+def read_folder(listing: Listing, *, captions: bool) -> Folder:
+    """The columns of an image folder, and what is wrong with it.
 
     "label": the sub-folder, an index into the class names, if every image stands in a direct sub-folder and there is
     no metadata column of that name. "text", if `captions` are wanted: the stripped text of a.txt beside a.jpg, None
-    where only some images have one. Raises DataError where the folder contradicts itself or leads out of itself.
+    where only some images have one. Raises DataError where the folder contradicts itself.
     """
     root = listing.root
+    for name, reason in listing.problems:
+        if name in METADATA:  # to go on without it would train on other data
+            raise DataError(f"{root / name} {reason}")
     metadata = [path for path in listing.metadata if "/" not in path]
     nested = [path for path in listing.metadata if "/" in path]
     stems = {os.path.splitext(path)[0] for path in listing.images}
@@ -129,92 +176,89 @@ def read_folder(listing: Listing, *, captions: bool) -> tuple[dict[str, list[Any
     if metadata and texts:
         example = next(iter(texts.values()))
         raise DataError(f"{root} has captions in {metadata[0]} and in text files ({example}, ...): keep one of them")
-    _refuse_links(listing, {*listing.images, *texts.values(), *metadata})
 
     formats = f"has a format that is not read: convert it to one of {', '.join(FORMATS)}"
-    problems = [Problem(path, formats) for path in listing.unsupported]
+    problems = [*listing.problems, *(Problem(path, formats) for path in listing.unsupported)]
     columns: dict[str, list[Any]] = {"image": listing.images}
+    lines = None
     if metadata:
-        columns = _read_metadata(root / metadata[0], set(listing.images), problems)
+        columns, lines = _read_metadata(listing, root / metadata[0], problems)
     elif texts and captions:
-        columns["text"] = [_read_text(root, texts.get(os.path.splitext(path)[0]), problems) for path in listing.images]
+        columns["text"] = [_read_text(root, path, texts, problems) for path in listing.images]
     names = None
     if columns["image"] and "label" not in columns and all(path.count("/") == 1 for path in columns["image"]):
         folders = [path.split("/", 1)[0] for path in columns["image"]]
         names = sorted(set(folders))
         index = {name: number for number, name in enumerate(names)}
         columns["label"] = [index[folder] for folder in folders]
-    return columns, names, problems
+    return Folder(columns, names, problems, lines)
 
 
-def _refuse_links(listing: Listing, used: set[str]) -> None:
-    root = str(listing.root)
-    out = [path for path in listing.links if path in used and not is_within(os.path.join(root, path), (root,))]
-    if out:
-        shown = "\n".join(f"  {path} -> {os.path.realpath(os.path.join(root, path))}" for path in out[:MOST_LISTED])
-        raise DataError(f"{len(out)} links in {root} lead out of it; copy the files instead:\n{shown}")
-
-
-def _read_text(root: Path, path: str | None, problems: list[Problem]) -> str | None:
+def _read_text(root: Path, image: str, texts: dict[str, str], problems: list[Problem]) -> str | None:
+    path = texts.get(os.path.splitext(image)[0])
     if path is None:
         return None
     try:
-        return (root / path).read_text(encoding="utf-8-sig").strip()
+        text = (root / path).read_text(encoding="utf-8-sig").strip()
+        if "\0" not in text:
+            return text
+        reason = "holds a NUL character"
     except UnicodeDecodeError as error:
-        problems.append(Problem(path, f"is not UTF-8 text ({error.reason} at byte {error.start})"))
-        return None
+        reason = f"is not UTF-8 text ({error.reason} at byte {error.start})"
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    problems.append(Problem(image, f"has no caption: {path} {reason}"))
+    return None
 
 
-def _read_metadata(path: Path, images: set[str], problems: list[Problem]) -> dict[str, list[Any]]:
-    """The columns of the metadata file, file_name as "image". Appends what is missing to `problems`."""
-    records, unsafe, listed = [], [], set()
-    for line, record in _records(path):
-        reason = unsafe_path(record.get("file_name"))
+def _read_metadata(listing: Listing, path: Path, problems: list[Problem]) -> tuple[dict[str, list[Any]], list[str]]:
+    """The columns of the metadata file, file_name as "image", and the line of each row. Appends to `problems`."""
+    images, told = set(listing.images), {problem.name for problem in problems}
+    rows: list[dict[str, Any]] = []
+    lines: list[str] = []
+    listed: set[str] = set()
+    for number, record in records(path):
+        line = f"{path.name}:{number}"
+        reason = record if isinstance(record, str) else unsafe_path(record.get("file_name"))
         if reason:
-            unsafe.append(f"  {path.name}:{line}: file_name {reason}")
+            problems.append(Problem(line, reason if isinstance(record, str) else f"file_name {reason}"))
             continue
         name = str(PurePosixPath(record["file_name"]))
         listed.add(name)
         if name in images:
-            records.append({**record, "image": name})
-        elif not (path.parent / name).exists():
-            problems.append(Problem(f"{path.name}:{line}", f"there is no file {name!r}"))
-        elif os.path.splitext(name)[1].lower() not in UNSUPPORTED:  # those are listed already
-            problems.append(Problem(f"{path.name}:{line}", f"{name!r} does not have the extension of an image"))
-    if unsafe:
-        raise DataError(f"{len(unsafe)} lines of {path} are refused:\n" + "\n".join(unsafe[:MOST_LISTED]))
+            rows.append({**record, "image": name})
+            lines.append(line)
+        elif name not in told:
+            problems.append(Problem(line, _why_no_image(listing.root, name)))
     problems.extend(Problem(name, f"is not listed in {path.name}") for name in sorted(images - listed))
-    keys = dict.fromkeys(key for record in records for key in record)
-    return {"image": []} | {key: [record.get(key) for record in records] for key in keys if key != "file_name"}
+    keys = dict.fromkeys(key for row in rows for key in row)
+    columns = {"image": []} | {key: [row.get(key) for row in rows] for key in keys if key != "file_name"}
+    for key, cells in columns.items():
+        for row, reason in _drop_mixed(cells):
+            problems.append(Problem(f"{columns['image'][row]} ({lines[row]})", f"{key!r} is {reason}"))
+    return columns, lines
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, record) for each row of a .jsonl or .csv file. Raises DataError with the line."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as lines:
-            yield from (_csv_records if path.suffix == ".csv" else _json_records)(path, lines)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+def _why_no_image(root: Path, name: str) -> str:
+    """Why a name of the metadata is not among the images of the folder."""
+    if not (root / name).exists():
+        return f"there is no file {name!r}"
+    if (root / name).is_dir():
+        return f"{name!r} is a folder"
+    if os.path.splitext(name)[1].lower() not in EXTENSIONS:
+        return f"{name!r} does not have the extension of an image"
+    return f"{name!r} is hidden, or behind a link to a folder: neither is looked at"
 
 
-def _csv_records(path: Path, lines) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(lines)
-    if "file_name" not in (reader.fieldnames or []):
-        raise DataError(f"{path}:1: the first line must name the columns, one of them file_name")
-    for record in reader:
-        if None in record or None in record.values():
-            raise DataError(f"{path}:{reader.line_num}: not {len(reader.fieldnames)} values as in the first line")
-        yield reader.line_num, record
+KINDS = {bool: "a truth value", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
 
 
-def _json_records(path: Path, lines) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error.msg}") from None
-        if not isinstance(record, dict):
-            raise DataError(f'{path}:{number}: a line must be an object, such as {{"file_name": "a.png"}}')
-        yield number, record
+def _drop_mixed(cells: list[Any]) -> Iterator[tuple[int, str]]:
+    """Of a column of several kinds, make those cells None that are not of its most frequent one; yield why."""
+    kinds = [cell is not None and KINDS[type(cell)] for cell in cells]
+    counted = Counter(filter(None, kinds))
+    usual = max(counted, key=lambda kind: (counted[kind], kind == "text"), default=None)
+    for row, kind in enumerate(kinds):
+        if kind and kind != usual:
+            yield row, f"{kind} where other lines have {usual}: {cells[row]!r:.60}"
+            cells[row] = None

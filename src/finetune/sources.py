@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -47,6 +47,8 @@ class Source:
     """What is wrong with it apart from its rows, such as a file that the metadata does not list."""
     commit: str | None = None
     """The commit of the Hub's repository that is streamed."""
+    lines: list[str] | None = None
+    """Where the metadata tells of each row, such as "metadata.jsonl:7"; None without metadata."""
 
 
 def open_source(data: Data, dataset: Dataset | None = None, *, captions: bool = False) -> Source:
@@ -175,20 +177,23 @@ def _from_path(path: Path, data: Data, captions: bool) -> Source:
         return _from_images(choose_split(listing, data.split), str(path), captions)
     tables = [listing.root / table for table in listing.tables]
     if tables:
-        return _from_tables(_tables_of_split(tables, listing.root, data.split), listing.root, str(path), data)
-    formats = f"; {len(listing.unsupported)} files have a format that is not read" if listing.unsupported else ""
-    raise DataError(f"{path} holds no images (.png, .jpg, ...) and no {', '.join(sorted(TABLES))} files{formats}")
+        chosen = _tables_of_split(tables, listing.root, data.split)
+        return replace(_from_tables(chosen, listing.root, str(path), data), problems=listing.problems)
+    more = f"; {len(listing.unsupported)} files have a format that is not read" if listing.unsupported else ""
+    more += "".join(f"; {name} {reason}" for name, reason in listing.problems[:3])
+    raise DataError(f"{path} holds no images (.png, .jpg, ...) and no {', '.join(sorted(TABLES))} files{more}")
 
 
 def _from_images(listing: Listing, name: str, captions: bool) -> Source:
-    columns, names, problems = read_folder(listing, captions=captions)
+    folder = read_folder(listing, captions=captions)
     try:
-        dataset = Dataset.from_dict(columns)
+        dataset = Dataset.from_dict(folder.columns)
     except (TypeError, ValueError, OverflowError) as error:  # pyarrow's errors are ValueErrors or TypeErrors
         raise DataError(f"the metadata of {name} mixes types within a column: {error}") from error
-    if names is not None:
-        dataset = dataset.cast_column("label", ClassLabel(names=names))
-    return Source(name=name, dataset=dataset, folders=(str(listing.root),), problems=problems)
+    if folder.class_names is not None:
+        dataset = dataset.cast_column("label", ClassLabel(names=folder.class_names))
+    folders = (str(listing.root),)
+    return Source(name=name, dataset=dataset, folders=folders, problems=folder.problems, lines=folder.lines)
 
 
 def _from_saved(path: Path, data: Data) -> Source:
