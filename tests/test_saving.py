@@ -1,0 +1,294 @@
+"""A save that dies, fails or is slow at any operation of the disk costs that save; in the background as at once."""
+
+import errno
+import itertools
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from faulty_disk import BROKEN, FULL, Died, FaultyDisk
+from finetune import checkpoint, lock, saving
+from finetune.config import Checkpoint
+from finetune.errors import CheckpointError, ConfigError
+from finetune.saving import Saver, nonfinite
+from test_checkpoint import parts_of
+
+SAVES = 7
+NOW, BEHIND = Checkpoint(checkpointing_steps=1), Checkpoint(checkpointing_steps=1, asynchronous=True)
+BOTH = pytest.mark.parametrize("cfg", [NOW, BEHIND], ids=["synchronous", "asynchronous"])
+
+
+def save_all(folder, cfg, *, first=1):
+    """What a run does: tidy up, save at each step, the last one required."""
+    saver = Saver(folder, cfg)
+    saver.tidy()
+    for step in range(first, SAVES + 1):
+        saver.save(parts_of(float(step)), {"step": step}, required=step == SAVES)
+    saver.wait()
+
+
+def names(folder):
+    root = folder / "checkpoints"
+    return sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+
+
+def assert_whole_and_goes_on(folder, cfg, done):
+    """The newest whole checkpoint is of step `done` or later, and a run that is started again ends as if alone."""
+    found = checkpoint.latest(folder / "checkpoints")
+    assert (found.step if found else 0) >= done
+    if found:
+        for part, tensors in parts_of(float(found.step)).items():
+            assert all(torch.equal(found.tensors(part)[name], tensor) for name, tensor in tensors.items())
+    with FaultyDisk():  # which has no fault
+        save_all(folder, cfg, first=(found.step if found else 0) + 1)
+    assert len(names(folder)) == 2 and checkpoint.latest(folder / "checkpoints").step == SAVES
+
+
+@pytest.fixture(scope="module")
+def operations(tmp_path_factory):
+    """The durable operations of all saves, in order."""
+    folder = tmp_path_factory.mktemp("all")
+    with FaultyDisk() as disk:
+        save_all(folder, NOW)
+    assert len(disk.operations) > 25 * SAVES
+    return disk.operations
+
+
+@pytest.mark.parametrize("how", ["killed", "torn", "power"])
+@BOTH
+def test_death_at_every_operation(tmp_path, operations, cfg, how):
+    """What is on the disk is a whole checkpoint, the one before or the new one; never junk after the next start."""
+    # A commit is a rename, which a loss of power spares only when the folder has been flushed.
+    commits = "fsync checkpoints" if how == "power" else [f"rename step-{step:08d}" for step in range(SAVES + 1)]
+    for at, operation in enumerate(operations):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        with FaultyDisk(at=at, torn=how == "torn", power=how == "power") as disk, pytest.raises(Died):
+            save_all(folder, cfg)
+        assert disk.operations[at].split()[0] == operation.split()[0], "the trial is the one that is meant"
+        assert_whole_and_goes_on(folder, cfg, sum(done in commits for done in operations[:at]))
+        assert names(folder) == [f"step-{step:08d}" for step in (SAVES - 1, SAVES)]
+        shutil.rmtree(folder)
+
+
+def test_negative_control_without_flushes_a_loss_of_power_costs_checkpoints(tmp_path):
+    (tmp_path / "run").mkdir()
+    with FaultyDisk(at=100, power=True) as disk, pytest.raises(Died):
+        os.fsync = lambda descriptor: None
+        save_all(tmp_path / "run", NOW)
+    assert sum(done.startswith("rename step-") for done in disk.operations[:100]) >= 2
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None
+
+
+@pytest.mark.parametrize("error", [FULL, BROKEN], ids=["ENOSPC", "EIO"])
+@BOTH
+def test_failure_at_every_operation(tmp_path, operations, caplog, cfg, error):
+    """The run goes on; older checkpoints stay whole, and after the next save nothing shows that one failed."""
+    last = max(i for i, operation in enumerate(operations) if operation == "open model.safetensors") - 1
+    for at in range(len(operations)):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        failed = None
+        with FaultyDisk(at=at, error=error):
+            try:
+                save_all(folder, cfg)
+            except CheckpointError as ended:
+                failed = str(ended)
+        assert checkpoint.latest(folder / "checkpoints").step >= SAVES - bool(failed)
+        if at < last:
+            assert failed is None and len(names(folder)) == 2
+        elif failed:  # the last one is required
+            assert f"the checkpoint of step {SAVES} could not be written" in failed
+        assert_whole_and_goes_on(folder, cfg, SAVES - 1)
+        shutil.rmtree(folder)
+        caplog.clear()
+
+
+@BOTH
+def test_three_in_a_row_that_fail_end_the_run_and_fewer_do_not(tmp_path, monkeypatch, caplog, cfg):
+    saver = Saver(tmp_path, cfg)
+    root = tmp_path / "checkpoints"
+    full = {3, 4, 6, 7, 9, 10, 11}
+    real = checkpoint.need_space
+    asked = iter(range(1, 100))
+
+    def need_space(folder, size):
+        if next(asked) in full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder, size)
+
+    monkeypatch.setattr(checkpoint, "need_space", need_space)
+    with pytest.raises(CheckpointError, match="3 checkpoints in a row could not be written"):
+        for step in itertools.count(1):
+            saver.save(parts_of(float(step)), {"step": step}, required=False)
+    assert step == 11 + cfg.asynchronous  # which is told at the next one
+    saver.wait()
+    assert "no checkpoint at step 10 ([Errno 28] No space left on device)" in caplog.text
+    assert names(tmp_path)[0] == f"step-{8 if step == 12 else 5:08d}" and checkpoint.latest(root).step in (8, 12)
+
+
+@BOTH
+def test_one_that_is_required_is_tried_after_one_that_failed(tmp_path, cfg):
+    saver = Saver(tmp_path, cfg)
+    with FaultyDisk(at=0, error=FULL, times=1):
+        saver.save(parts_of(1.0), {"step": 1}, required=False)
+        saver.save(parts_of(2.0), {"step": 2}, required=True)
+    assert names(tmp_path) == ["step-00000002"]
+
+
+def test_in_the_background_the_same_bytes_are_written_whatever_the_training_does_meanwhile(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    torch.manual_seed(0)
+    live = {"model": {"w": torch.randn(3, 40, 5, 5).to(memory_format=torch.channels_last), "n": torch.tensor(3)}}
+    synchronous, behind = Saver(tmp_path / "now", NOW), Saver(tmp_path / "behind", BEHIND)
+    for step in range(1, 4):
+        synchronous.save(live, {"step": step}, required=False)
+        with FaultyDisk(slow=0.02):  # the whole takes half a second
+            start = time.perf_counter()
+            behind.save(live, {"step": step}, required=False)
+            waited = time.perf_counter() - start
+            assert not checkpoint.folders(tmp_path / "behind" / "checkpoints")[step - 1 :], "it is still being written"
+            live["model"]["w"].mul_(0.5)
+            live["model"]["n"] += 1
+            if step == 1:
+                assert waited < 0.1
+            elif step == 3:
+                behind.wait()
+    for step in (2, 3):
+        ours, theirs = (tmp_path / kind / "checkpoints" / f"step-{step:08d}" for kind in ("now", "behind"))
+        for file in ours.iterdir():
+            assert file.read_bytes() == (theirs / file.name).read_bytes()
+    assert "for the checkpoint of step 1" in caplog.text, "at most one is in flight, and waiting is said"
+
+
+def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path, monkeypatch, caplog):
+    memory = type("Memory", (), {"available": 100})
+    monkeypatch.setattr(saving.psutil, "virtual_memory", lambda: memory)
+    saver = Saver(tmp_path, BEHIND)
+    saver.save(parts_of(1.0), {"step": 1}, required=False)
+    assert names(tmp_path) == ["step-00000001"]
+    assert "needs 0.0 GB of host memory for a copy, 0.0 GB are free: written at once" in caplog.text
+
+
+def test_a_bug_in_the_background_is_raised_at_the_next_save(tmp_path):
+    saver = Saver(tmp_path, BEHIND)
+    saver.save(parts_of(1.0), {"step": 1, "what": object()}, required=False)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        saver.save(parts_of(2.0), {"step": 2}, required=False)
+    assert names(tmp_path) == []
+
+
+def test_what_is_not_finite_is_named():
+    parts = parts_of(1.0) | {"optimizer": {"w/exp_avg_sq": torch.tensor([torch.inf])}, "empty": {"w": torch.zeros(0, 3)}}
+    assert nonfinite(parts) == []
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for kind in (torch.float32, torch.float16, torch.bfloat16):
+            spoiled = torch.arange(70.0).to(kind)
+            spoiled[random.Random(f"{bad}").randrange(70)] = bad
+            assert nonfinite(parts | {"model": {"a": torch.ones(3), "w": spoiled}}) == ["model"]
+
+
+# ----------------------------------------------------------------------------------------------------- a real small disk
+
+SMALL_DISK = """
+import logging, os, sys, shutil, types
+from pathlib import Path
+import torch
+from finetune import checkpoint
+from finetune.config import Checkpoint
+from finetune.saving import Saver
+torch.set_num_threads(1)
+root, step, found = Path(sys.argv[1]), 0, set()
+real_space, logging.lastResort = shutil.disk_usage, None
+def parts(step):
+    return {name: {"w": torch.full((60_000,), float(step))} for name in ("model", "ema_0.9", "optimizer")}  # 720 kB
+saver = Saver(root, Checkpoint(checkpointing_steps=1))
+def save():
+    global step
+    step += 1
+    saver._missed = 0
+    saver.save(parts(step), {"step": step}, required=False)
+    return checkpoint.latest(root / "checkpoints").step == step
+assert save() and save()
+for room in range(0, 740_000, 20_000):  # the disk is full at each region of a save
+    filler = root / "filler"
+    with filler.open("wb") as file:
+        free = shutil.disk_usage(root).free
+        file.write(bytes(max(0, free - room)))
+    for seen in (True, False):  # by the check beforehand; while writing, as when somebody else fills the disk meanwhile
+        shutil.disk_usage = real_space if seen else lambda _: types.SimpleNamespace(free=1 << 40)
+        before = checkpoint.latest(root / "checkpoints").step
+        assert not save() and checkpoint.latest(root / "checkpoints").step == before
+        assert [p.name for p in (root / "checkpoints").iterdir() if p.name.startswith(".tmp")] == []
+        assert len(checkpoint.folders(root / "checkpoints")) == 2
+        found.add((room, seen))
+    shutil.disk_usage = real_space
+    filler.unlink()
+    assert save(), "the next one succeeds when space is free again"
+print(len(found), "trials")
+"""
+
+
+def can_mount():
+    command = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /mnt"]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not can_mount(), reason="unshare -rm with a tmpfs is not allowed here")
+def test_a_full_disk_at_each_region_of_a_save(tmp_path):
+    (tmp_path / "disk").mkdir()
+    script = 'mount -t tmpfs -o size=4m tmpfs "$1" && exec "$2" -c "$3" "$1"'
+    command = ["unshare", "-rm", "sh", "-c", script, "sh", str(tmp_path / "disk"), sys.executable, SMALL_DISK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "74 trials\n"
+
+
+# ----------------------------------------------------------------------------------------------------------- one run only
+
+
+def test_a_second_run_is_refused_at_once_and_told_whose_the_folder_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/train_unet.py", "--token", "hf_" + "x" * 34])
+    start = time.perf_counter()
+    with lock.hold(tmp_path / "run"), pytest.raises(ConfigError) as refused:
+        lock.hold(tmp_path / "run")
+    assert time.perf_counter() - start < 1
+    owner = rf"process {os.getpid()} on \S+, since [-\d]+ [:\d]+: train_unet.py --token \[token\]"
+    assert refused.match(rf"in use by another run \({owner}\): wait for it, stop it, or choose another")
+    lock.hold(tmp_path / "run").close()  # free again
+
+
+def test_the_lock_of_a_killed_run_is_free_although_its_children_live(tmp_path):
+    """A loader process is forked, hence shares the lock's file; it may outlive a killed trainer by seconds."""
+    reader, writer = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        held = lock.hold(tmp_path / "run")  # noqa: F841  held by being alive
+        if (child := os.fork()) == 0:
+            time.sleep(30)
+            os._exit(0)
+        os.write(writer, str(child).encode())
+        time.sleep(30)
+        os._exit(0)
+    child = int(os.read(reader, 20))
+    try:
+        with pytest.raises(ConfigError, match=f"process {owner} on"):
+            lock.hold(tmp_path / "run")
+        os.kill(owner, 9)
+        os.waitpid(owner, 0)
+        os.kill(child, 0)  # lives
+        time.sleep(0.1)  # it may not have been through its first moment
+        lock.hold(tmp_path / "run").close()
+    finally:
+        os.kill(child, 9)
+        os.close(reader), os.close(writer)
