@@ -5,33 +5,23 @@ import itertools
 import logging
 import os
 import random
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from crash_points import BEHIND, NOW, RAM, SAVES, Reference, dies, fails, operations, save_all
 from faulty_disk import BROKEN, FULL, Died, FaultyDisk
 from finetune import checkpoint, lock, saving
-from finetune.config import Checkpoint
 from finetune.errors import CheckpointError, ConfigError
 from finetune.saving import Saver, nonfinite
-from test_checkpoint import parts_of
+from test_checkpoint import WAYS, parts_of
 
-SAVES = 7
-NOW, BEHIND = Checkpoint(checkpointing_steps=1), Checkpoint(checkpointing_steps=1, asynchronous=True)
 BOTH = pytest.mark.parametrize("cfg", [NOW, BEHIND], ids=["synchronous", "asynchronous"])
-
-
-def save_all(folder, cfg, *, first=1):
-    """What a run does: tidy up, save at each step, the last one required."""
-    saver = Saver(folder, cfg)
-    saver.tidy()
-    for step in range(first, SAVES + 1):
-        saver.save(parts_of(float(step)), {"step": step}, required=step == SAVES)
-    saver.wait()
 
 
 def names(folder):
@@ -39,76 +29,79 @@ def names(folder):
     return sorted(path.name for path in root.iterdir()) if root.is_dir() else []
 
 
-def assert_whole_and_goes_on(folder, cfg, done):
-    """The newest whole checkpoint is of step `done` or later, and a run that is started again ends as if alone."""
-    found = checkpoint.latest(folder / "checkpoints")
-    assert (found.step if found else 0) >= done
-    if found:
-        for part, tensors in parts_of(float(found.step)).items():
-            assert all(torch.equal(found.tensors(part)[name], tensor) for name, tensor in tensors.items())
-    with FaultyDisk():  # which has no fault
-        save_all(folder, cfg, first=(found.step if found else 0) + 1)
-    assert len(names(folder)) == 2 and checkpoint.latest(folder / "checkpoints").step == SAVES
+# --------------------------------------------------------------------------------------------------- at every operation
+
+
+@pytest.fixture
+def ram():
+    """A folder in memory where there is such a thing: what other processes flush does not slow it down."""
+    with tempfile.TemporaryDirectory(dir=RAM) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
-def operations(tmp_path_factory):
-    """The durable operations of all saves, in order."""
-    folder = tmp_path_factory.mktemp("all")
-    with FaultyDisk() as disk:
-        save_all(folder, NOW)
-    assert len(disk.operations) > 25 * SAVES
-    return disk.operations
+def tiny_operations(tmp_path_factory):
+    found = operations(tmp_path_factory.mktemp("all") / "run")
+    assert len(found) > 25 * SAVES
+    return found
 
 
 @pytest.mark.parametrize("how", ["killed", "torn", "power"])
 @BOTH
-def test_death_at_every_operation(tmp_path, operations, cfg, how):
-    """What is on the disk is a whole checkpoint, the one before or the new one; never junk after the next start."""
-    # A commit is a rename, which a loss of power spares only when the folder has been flushed.
-    commits = "fsync checkpoints" if how == "power" else [f"rename step-{step:08d}" for step in range(SAVES + 1)]
-    for at, operation in enumerate(operations):
-        folder = tmp_path / str(at)
-        folder.mkdir()
-        with FaultyDisk(at=at, torn=how == "torn", power=how == "power") as disk, pytest.raises(Died):
-            save_all(folder, cfg)
-        assert disk.operations[at].split()[0] == operation.split()[0], "the trial is the one that is meant"
-        assert_whole_and_goes_on(folder, cfg, sum(done in commits for done in operations[:at]))
-        assert names(folder) == [f"step-{step:08d}" for step in (SAVES - 1, SAVES)]
-        shutil.rmtree(folder)
+def test_death_at_every_operation(ram, tiny_operations, cfg, how):
+    """Every operation of synchronous saves, every third of those in the background; a write only can be torn."""
+    points = [i for i, done in enumerate(tiny_operations) if how != "torn" or done.startswith("write")]
+    for at in points[:: 3 if cfg.asynchronous else 1]:
+        assert dies(ram / str(at), cfg, at, how) is None, at
 
 
 def test_negative_control_without_flushes_a_loss_of_power_costs_checkpoints(tmp_path):
-    (tmp_path / "run").mkdir()
     with FaultyDisk(at=100, power=True) as disk, pytest.raises(Died):
         os.fsync = lambda descriptor: None
-        save_all(tmp_path / "run", NOW)
+        save_all(tmp_path, NOW)
     assert sum(done.startswith("rename step-") for done in disk.operations[:100]) >= 2
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
-@pytest.mark.parametrize("error", [FULL, BROKEN], ids=["ENOSPC", "EIO"])
 @BOTH
-def test_failure_at_every_operation(tmp_path, operations, caplog, cfg, error):
-    """The run goes on; older checkpoints stay whole, and after the next save nothing shows that one failed."""
-    last = max(i for i, operation in enumerate(operations) if operation == "open model.safetensors") - 1
-    for at in range(len(operations)):
-        folder = tmp_path / str(at)
-        folder.mkdir()
-        failed = None
-        with FaultyDisk(at=at, error=error):
-            try:
-                save_all(folder, cfg)
-            except CheckpointError as ended:
-                failed = str(ended)
-        assert checkpoint.latest(folder / "checkpoints").step >= SAVES - bool(failed)
-        if at < last:
-            assert failed is None and len(names(folder)) == 2
-        elif failed:  # the last one is required
-            assert f"the checkpoint of step {SAVES} could not be written" in failed
-        assert_whole_and_goes_on(folder, cfg, SAVES - 1)
-        shutil.rmtree(folder)
+def test_failure_at_every_operation(ram, tiny_operations, caplog, cfg):
+    """The disk is full at every other operation, broken at those between; a third of them in the background."""
+    for at in range(0, len(tiny_operations), 3 if cfg.asynchronous else 1):
+        assert fails(ram / str(at), cfg, at, FULL if at % 2 else BROKEN) is None, at
         caplog.clear()
+
+
+# ------------------------------------------------------------------------------------------------------ a real training
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The tiny training, synchronously and asynchronously saved."""
+    return [Reference(tmp_path_factory.mktemp("reference") / "run", asynchronous=kind) for kind in (False, True)]
+
+
+def test_saving_in_the_background_does_not_matter(reference):
+    assert reference[0]._state == reference[1]._state and reference[0]._lines == reference[1]._lines
+
+
+@pytest.mark.parametrize("sample", range(6))
+def test_a_training_killed_at_an_operation_of_the_disk_ends_with_the_same_bits(ram, reference, sample):
+    kind = reference[sample % 2]
+    at = random.Random(f"crash {sample}").randrange(len(kind.operations))
+    assert kind.crash(ram / "run", at) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_training_killed_at_a_random_time_ends_with_the_same_bits(ram, reference, seed):
+    assert reference[seed % 2].kill(ram / "run", seed) is None
+
+
+@pytest.mark.parametrize("seed", range(len(WAYS)))
+def test_a_training_whose_newest_checkpoint_is_damaged_ends_with_the_same_bits(ram, reference, seed):
+    assert reference[0].damage(ram / "run", seed) is None
+
+
+# ----------------------------------------------------------------------------------------------------------- the policy
 
 
 @BOTH
@@ -186,7 +179,8 @@ def test_a_bug_in_the_background_is_raised_at_the_next_save(tmp_path):
 
 
 def test_what_is_not_finite_is_named():
-    parts = parts_of(1.0) | {"optimizer": {"w/exp_avg_sq": torch.tensor([torch.inf])}, "empty": {"w": torch.zeros(0, 3)}}
+    parts = parts_of(1.0) | {"empty": {"w": torch.zeros(0, 3)}}
+    parts |= {"optimizer": {"w/exp_avg_sq": torch.tensor([torch.inf])}}
     assert nonfinite(parts) == []
     for bad in (torch.nan, torch.inf, -torch.inf):
         for kind in (torch.float32, torch.float16, torch.bfloat16):
@@ -195,7 +189,7 @@ def test_what_is_not_finite_is_named():
             assert nonfinite(parts | {"model": {"a": torch.ones(3), "w": spoiled}}) == ["model"]
 
 
-# ----------------------------------------------------------------------------------------------------- a real small disk
+# ---------------------------------------------------------------------------------------------------- a real small disk
 
 SMALL_DISK = """
 import logging, os, sys, shutil, types
@@ -254,7 +248,7 @@ def test_a_full_disk_at_each_region_of_a_save(tmp_path):
     assert done.stdout == "74 trials\n"
 
 
-# ----------------------------------------------------------------------------------------------------------- one run only
+# --------------------------------------------------------------------------------------------------------- one run only
 
 
 def test_a_second_run_is_refused_at_once_and_told_whose_the_folder_is(tmp_path, monkeypatch):
