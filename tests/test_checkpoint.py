@@ -93,9 +93,11 @@ def test_tensor_files_are_byte_for_byte_those_of_safetensors(tmp_path):
     assert crc == crc_of(tmp_path / "ours")
     with pytest.raises(FileExistsError):
         write_file(tmp_path / "ours", [b""])
-    more = torch.zeros(5_000_000)  # more than one piece
-    size, crc = write_file(tmp_path / "large", safetensors({"w": more}))
-    save_file({"w": more}, tmp_path / "theirs")
+    # Small and large ones in turn, each alone more than one piece, or all the small ones together.
+    counts = [5_000_000, 3, 300_000, 7, 100_000, *[250_000] * 20, 1, 5_000_000]
+    more = {f"{i:02}": torch.randn(count) for i, count in enumerate(counts)}
+    size, crc = write_file(tmp_path / "large", safetensors(more))
+    save_file(more, tmp_path / "theirs")
     assert (tmp_path / "large").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert crc == crc_of(tmp_path / "large")
 
@@ -157,8 +159,7 @@ def test_what_the_disk_garbled_is_found_by_reading_back(tmp_path, monkeypatch):
     real = os.write
 
     def garbled(descriptor, data):
-        data = bytes(data)
-        return real(descriptor, data[:-1] + bytes([data[-1] ^ 1]) if len(data) == 256 else data)
+        return real(descriptor, bytes(data).replace(b"\0\0\x20\x41", b"\0\0\x21\x41"))  # of one 10.0
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="does not read back as it was written: model"):
         patch.setattr(os, "write", garbled)

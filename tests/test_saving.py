@@ -42,7 +42,7 @@ def ram():
 @pytest.fixture(scope="module")
 def tiny_operations(tmp_path_factory):
     found = operations(tmp_path_factory.mktemp("all") / "run")
-    assert len(found) > 25 * SAVES
+    assert len(found) > 20 * SAVES
     return found
 
 

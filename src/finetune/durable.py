@@ -42,18 +42,31 @@ def write(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, int]:
     size = crc = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        for chunk in chunks:
-            view = memoryview(chunk)
-            size += len(view)
-            for start in range(0, len(view), _PIECE):
-                piece = view[start : start + _PIECE]
-                crc = zlib.crc32(piece, crc)
-                while piece:  # a disk that is nearly full takes a part
-                    piece = piece[os.write(descriptor, piece) :]
+        for piece in _pieces(chunks):
+            size += len(piece)
+            crc = zlib.crc32(piece, crc)
+            while piece:  # a disk that is nearly full takes a part
+                piece = piece[os.write(descriptor, piece) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return size, crc
+
+
+def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """The same bytes, at most _PIECE at a time: many small chunks are put together, no large one is copied."""
+    gathered = bytearray()
+    for chunk in chunks:
+        small = len(chunk) < _PIECE // 16
+        if gathered and (not small or len(gathered) + len(chunk) > _PIECE):
+            yield memoryview(gathered)
+            gathered = bytearray()
+        if small:
+            gathered += chunk
+        else:
+            yield from (memoryview(chunk)[start : start + _PIECE] for start in range(0, len(chunk), _PIECE))
+    if gathered:
+        yield memoryview(gathered)
 
 
 def safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
