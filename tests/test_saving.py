@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked
+import tiny
 from crash_points import BEHIND, NOW, RAM, SAVES, Reference, dies, fails, operations, save_all
 from faulty_disk import BROKEN, FULL, Died, FaultyDisk
 from finetune import checkpoint, lock, saving
 from finetune.errors import CheckpointError, ConfigError
 from finetune.saving import Saver, nonfinite
+from finetune.trainer import Trainer
 from test_checkpoint import WAYS, parts_of
 
 BOTH = pytest.mark.parametrize("cfg", [NOW, BEHIND], ids=["synchronous", "asynchronous"])
@@ -78,6 +81,49 @@ def test_failure_at_every_operation(ram, tiny_operations, caplog, cfg):
 def reference(tmp_path_factory):
     """The tiny training, synchronously and asynchronously saved."""
     return [Reference(tmp_path_factory.mktemp("reference") / "run", asynchronous=kind) for kind in (False, True)]
+
+
+@pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 1)])
+def test_weights_that_are_not_finite_are_never_committed(tmp_path, processes, rank):
+    """Also if they are those of one process only: all of them stop, with the exit code of it."""
+
+    def spoiled(cfg):
+        trainer = Trainer(cfg)
+        step = trainer.train_step
+
+        def train_step(batches, meter):
+            taken = step(batches, meter)
+            if trainer.step == 3 and trainer.accelerator.process_index == rank:
+                next(iter(trainer.parameters.values())).data.view(-1)[5] = torch.inf
+            return taken
+
+        trainer.train_step = train_step
+        trainer.fit()
+
+    cfg = tiny.config(tmp_path / "run", checkpoint={"checkpointing_steps": 1})
+    assert forked.run(cfg, processes=processes, body=spoiled) == [3] * processes, forked.log(cfg)
+    assert "model held NaN or infinite values at step 3: lower optimizer.learning_rate" in forked.log(cfg)
+    assert names(tmp_path / "run") == ["step-00000001", "step-00000002"]
+
+
+def test_a_full_disk_costs_one_checkpoint_and_the_last_one_is_told(tmp_path, reference):
+    for meant, code in (("mkdir .tmp-step-00000003", 0), ("mkdir .tmp-step-00000007", 1)):
+        at = next(i for i, done in enumerate(reference[0].operations) if done.startswith(meant))
+        cfg = tiny.config(
+            tmp_path / f"run{code}",
+            checkpoint={"checkpointing_steps": 1},
+            train={"max_train_steps": SAVES, "global_batch_size": 8},
+        )
+
+        def full(cfg, at=at):
+            with FaultyDisk(at=at, error=FULL):
+                Trainer(cfg).fit()
+
+        assert forked.run(cfg, body=full) == [code], forked.log(cfg)
+        assert len(names(tmp_path / f"run{code}")) == 2
+        told = "no checkpoint at step 3" if code == 0 else "the checkpoint of step 7 could not be written"
+        assert f"{told} ([Errno 28] No space left on device" in forked.log(cfg)
+        assert "Traceback" not in forked.log(cfg)
 
 
 def test_saving_in_the_background_does_not_matter(reference):
@@ -260,6 +306,18 @@ def test_a_second_run_is_refused_at_once_and_told_whose_the_folder_is(tmp_path, 
     owner = rf"process {os.getpid()} on \S+, since [-\d]+ [:\d]+: train_unet.py --token \[token\]"
     assert refused.match(rf"in use by another run \({owner}\): wait for it, stop it, or choose another")
     lock.hold(tmp_path / "run").close()  # free again
+
+
+def test_the_refusal_waits_for_nothing_heavy(tmp_path):
+    code = "import sys; from finetune import cli; code = cli.main(); assert 'torch' not in sys.modules; sys.exit(code)"
+    words = ["--dataset_name", str(tiny.ROOT / "assets" / "digits"), "--output_dir", str(tmp_path / "run")]
+    words += ["--resolution", "8"]
+    with lock.hold(tmp_path / "run"):
+        start = time.perf_counter()
+        command = [sys.executable, "-c", code, "train", *words]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert time.perf_counter() - start < 2 + os.getloadavg()[0]  # alone, a second
+    assert refused.returncode == 2 and f"in use by another run (process {os.getpid()} on" in refused.stderr
 
 
 def test_the_lock_of_a_killed_run_is_free_although_its_children_live(tmp_path):
