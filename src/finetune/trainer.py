@@ -221,10 +221,10 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, *, required: bool) -> None:
-        """Write a checkpoint of this moment (main process; the others wait). On all processes alike:
+        """Write a checkpoint of this moment, or begin to (main process; the others wait).
 
-        raises NonFiniteError if there is nothing finite to save; CheckpointError if it cannot be written although it
-        is required, or for the third time in a row.
+        Raises, on all processes alike, NonFiniteError if there is nothing finite to save, and CheckpointError if it
+        cannot be written although it is required, or for the third time in a row.
         """
         self._refuse_nonfinite()
         failed = None
