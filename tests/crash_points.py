@@ -129,26 +129,26 @@ class Reference:
 
     def __init__(self, folder: Path, *, asynchronous: bool = False) -> None:
         self._asynchronous = asynchronous
-        cfg = self._config(folder)
+        cfg = self.config(folder)
         start = time.perf_counter()
         self._run(cfg, lambda: FaultyDisk(), expected=0)
         self.seconds = time.perf_counter() - start
         self.operations: list[str] = json.loads(folder.with_suffix(".json").read_text())
-        self._state, self._lines = forked.state(cfg, SAVES), self._metrics(cfg)
-        assert len(self._state) == 4 and len(self._lines) == SAVES and _names(folder) == END
+        self.state, self.lines = forked.state(cfg, SAVES), self._metrics(cfg)
+        assert len(self.state) == 4 and len(self.lines) == SAVES and _names(folder) == END
         self._template = folder.with_name(f"{folder.name}-stopped")  # between two saves, in the middle
         logged = [i for i, operation in enumerate(self.operations) if operation == "open metrics.jsonl"]
-        self._run(self._config(self._template), lambda: FaultyDisk(at=logged[5], kill=True), expected=-signal.SIGKILL)
+        self._run(self.config(self._template), lambda: FaultyDisk(at=logged[5], kill=True), expected=-signal.SIGKILL)
 
     def crash(self, folder: Path, at: int) -> str | None:
         """SIGKILL at the at-th durable operation, then the same command."""
-        cfg = self._config(folder)
+        cfg = self.config(folder)
         self._run(cfg, lambda: FaultyDisk(at=at, kill=True), expected=-signal.SIGKILL)
         return self._held(cfg) or self._resumed(cfg)
 
     def kill(self, folder: Path, seed: int) -> str | None:
         """The process ends at a random time, from its start to after its end; then the same command."""
-        cfg = self._config(folder)
+        cfg = self.config(folder)
         moment = random.Random(f"kill {seed}").uniform(0.01, 1.1 * self.seconds)
 
         @contextlib.contextmanager
@@ -164,7 +164,7 @@ class Reference:
     def damage(self, folder: Path, seed: int) -> str | None:
         """The newest checkpoint is damaged: an explicit path is refused, and else the one before it is used."""
         shutil.copytree(self._template, folder)
-        cfg = self._config(folder)
+        cfg = self.config(folder)
         newest = checkpoint.folders(folder / "checkpoints")[-1]
         done = damage(newest, WAYS[seed % len(WAYS)], random.Random(f"damage {seed}"))
         explicit = replace(cfg, resume_from_checkpoint=str(newest))
@@ -174,7 +174,8 @@ class Reference:
             return f"{done}: {lost}"
         return None
 
-    def _config(self, folder: Path):
+    def config(self, folder: Path):
+        """The same run in another folder."""
         saving = {"checkpointing_steps": 1, "asynchronous": self._asynchronous}
         return config(folder, train={"max_train_steps": SAVES, "global_batch_size": 8}, checkpoint=saving)
 
@@ -196,9 +197,9 @@ class Reference:
         folder = Path(cfg.output_dir)
         if (codes := forked.run(cfg, body=_body(contextlib.nullcontext, None))) != [0]:
             return f"exit code {codes}: {forked.log(cfg)[-2000:]}"
-        if forked.state(cfg, SAVES) != self._state:
+        if forked.state(cfg, SAVES) != self.state:
             return "other bits at the end"
-        if self._metrics(cfg) != self._lines:
+        if self._metrics(cfg) != self.lines:
             return "other lines of metrics.jsonl"
         if (names := _names(folder)) != sorted([*END, *corrupt]):
             return f"checkpoints/ holds {names} at the end"

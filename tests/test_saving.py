@@ -8,7 +8,9 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import torch
 
 import forked
 import tiny
-from crash_points import BEHIND, NOW, RAM, SAVES, Reference, dies, fails, operations, save_all
+from crash_points import BEHIND, END, NOW, RAM, SAVES, Reference, dies, fails, operations, save_all
 from faulty_disk import BROKEN, FULL, Died, FaultyDisk
 from finetune import checkpoint, lock, saving
 from finetune.errors import CheckpointError, ConfigError
@@ -110,11 +112,7 @@ def test_weights_that_are_not_finite_are_never_committed(tmp_path, processes, ra
 def test_a_full_disk_costs_one_checkpoint_and_the_last_one_is_told(tmp_path, reference):
     for meant, code in (("mkdir .tmp-step-00000003", 0), ("mkdir .tmp-step-00000007", 1)):
         at = next(i for i, done in enumerate(reference[0].operations) if done.startswith(meant))
-        cfg = tiny.config(
-            tmp_path / f"run{code}",
-            checkpoint={"checkpointing_steps": 1},
-            train={"max_train_steps": SAVES, "global_batch_size": 8},
-        )
+        cfg = reference[0].config(tmp_path / f"run{code}")
 
         def full(cfg, at=at):
             with FaultyDisk(at=at, error=FULL):
@@ -128,7 +126,19 @@ def test_a_full_disk_costs_one_checkpoint_and_the_last_one_is_told(tmp_path, ref
 
 
 def test_saving_in_the_background_does_not_matter(reference):
-    assert reference[0]._state == reference[1]._state and reference[0]._lines == reference[1]._lines
+    assert reference[0].state == reference[1].state and reference[0].lines == reference[1].lines
+
+
+def test_a_slow_disk_in_the_background_does_not_matter(ram, reference):
+    """Each save takes longer than a step: the next one waits, and holds what it would have held."""
+
+    def slow(cfg):
+        with FaultyDisk(slow=0.01):
+            Trainer(cfg).fit()
+
+    cfg = reference[1].config(ram / "run")
+    assert forked.run(cfg, body=slow) == [0], forked.log(cfg)
+    assert forked.state(cfg, SAVES) == reference[0].state and names(ram / "run") == END
 
 
 @pytest.mark.parametrize("sample", range(6))
@@ -184,30 +194,34 @@ def test_one_that_is_required_is_tried_after_one_that_failed(tmp_path, cfg):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_in_the_background_the_same_bytes_are_written_whatever_the_training_does_meanwhile(tmp_path, caplog, device):
+def test_in_the_background_the_same_bytes_are_written_whatever_the_training_does(tmp_path, monkeypatch, caplog, device):
     caplog.set_level(logging.INFO)
     torch.manual_seed(0)
     weight = torch.randn(3, 40, 5, 5, device=device).to(memory_format=torch.channels_last)
     live = {"model": {"w": weight, "n": torch.tensor(3)}}
-    synchronous, behind = Saver(tmp_path / "now", NOW), Saver(tmp_path / "behind", BEHIND)
+    several = {"checkpoints_total_limit": 5}
+    synchronous = Saver(tmp_path / "now", replace(NOW, **several))
+    behind = Saver(tmp_path / "behind", replace(BEHIND, **several))
+    disk, write = threading.Event(), checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *file: disk.wait(60) and write(*file))
     for step in range(1, 4):
+        disk.set()
+        behind.wait()
         synchronous.save(live, {"step": step}, required=False)
-        with FaultyDisk(slow=0.02):  # the whole takes half a second
-            start = time.perf_counter()
-            behind.save(live, {"step": step}, required=False)
-            waited = time.perf_counter() - start
-            assert not checkpoint.folders(tmp_path / "behind" / "checkpoints")[step - 1 :], "it is still being written"
-            live["model"]["w"].mul_(0.5)
-            live["model"]["n"] += 1
-            if step == 1:
-                assert waited < 0.25
-            elif step == 3:
-                behind.wait()
-    for step in (2, 3):
+        disk.clear()  # it takes nothing now
+        behind.save(live, {"step": step}, required=False)
+        live["model"]["w"].mul_(0.5)
+        live["model"]["n"] += 1
+        assert not (tmp_path / "behind" / "checkpoints" / f"step-{step:08d}").exists()
+    threading.Timer(0.2, disk.set).start()
+    behind.save(live, {"step": 4}, required=False)  # at most one is in flight
+    assert names(tmp_path / "behind")[-1] >= "step-00000003"
+    assert "s for the checkpoint of step 3" in caplog.text, "waiting is said"
+    for step in (1, 2, 3):
         ours, theirs = (tmp_path / kind / "checkpoints" / f"step-{step:08d}" for kind in ("now", "behind"))
-        for file in ours.iterdir():
-            assert file.read_bytes() == (theirs / file.name).read_bytes()
-    assert "for the checkpoint of step 1" in caplog.text, "at most one is in flight, and waiting is said"
+        assert len(list(theirs.iterdir())) == 3
+        assert all(file.read_bytes() == (theirs / file.name).read_bytes() for file in ours.iterdir())
+    behind.wait()
 
 
 def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path, monkeypatch, caplog):
