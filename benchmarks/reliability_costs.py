@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from finetune import batching, data, images, seeding
+from finetune import data, images, order, seeding
 from finetune.config import TrainConfig
 from finetune.config_io import load
 from finetune.meter import Meter
@@ -100,8 +100,8 @@ def keyed_share(cfg: TrainConfig, steps: int, repeats: int) -> dict[str, float]:
     shares: dict[str, list[float]] = {"draws": [], "keys": []}
     for _ in range(repeats):
         for name, places in (
-            ("draws", [*DRAWS, *KEYS[1:], (batching, "permutation")]),
-            ("keys", [*KEYS, (seeding.PositionRandom, "_at"), (batching, "permutation")]),
+            ("draws", [*DRAWS, *KEYS[1:], (order, "permutation")]),
+            ("keys", [*KEYS, (seeding.PositionRandom, "_at"), (order, "permutation")]),
         ):
             watch, start = Stopwatch(), time.perf_counter()
             with replaced(watch, *places):

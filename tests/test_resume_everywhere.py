@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import batching, seeding, training_state
+from finetune import order, seeding, training_state
 from finetune.ema import Ema
 from finetune.trainer import Trainer
 from forked import log, metrics, run, state
@@ -63,8 +63,8 @@ def broken(piece):
 
     def body(cfg):
         if piece == "order":
-            order = batching.permutation
-            batching.permutation = lambda seed, *what: order(seed + 1, *what)
+            permutation = order.permutation
+            order.permutation = lambda seed, *what: permutation(seed + 1, *what)
         if piece == "noise":
             key = seeding.key
             seeding.key = lambda seed, purpose, *what: key(seed, purpose + "!" * (purpose == "noise"), *what)

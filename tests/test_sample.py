@@ -199,7 +199,7 @@ def test_command_guides_by_a_weaker_model(parts, tmp_path):  # noqa: F811
     unet.save_pretrained(weaker / "pipeline" / "unet")
     state = {name: tensor for name, tensor in unet.state_dict().items()}
     zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    save = {"state": {"step": 3}, "keep": 5}
+    save = {"state": {"step": 3}}
     plain = checkpoint.save(tmp_path / "a", parts={"model": state}, **save)
     averaged = checkpoint.save(tmp_path / "b", parts={"model": zeros, "ema_0.9": state, "ema_0.5": zeros}, **save)
     words = ["--class_label", "0", "--steps", "4", "--guidance_scale", "3"]

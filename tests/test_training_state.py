@@ -1,8 +1,13 @@
 """What comes back at a resume is complete, and by name."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from finetune.training_state import load_optimizer, optimizer_tensors
+from finetune import checkpoint
+from finetune.errors import CheckpointError
+from finetune.training_state import TrainingState, load_optimizer, optimizer_tensors
 
 
 def test_optimizer_state_is_keyed_by_name():
@@ -32,3 +37,53 @@ def test_optimizer_state_is_keyed_by_name():
     other.load_state_dict(again.state_dict())
     step(other, fresh), step(again, restored)
     assert not torch.equal(other[0].weight, again[0].weight)
+
+
+def training_state(width=4, bias=True, value=0.0):
+    """The state of a training of one layer that has done a step."""
+    unet = torch.nn.Linear(3, width, bias=bias)
+    torch.nn.init.constant_(unet.weight, value)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=0.1)
+    unet(torch.ones(5, 3)).square().sum().backward()
+    optimizer.step()
+    objective = SimpleNamespace(parameters=dict, state_dict=dict)
+    return TrainingState(unet, optimizer, objective, ema=None, scaler=None)
+
+
+def contents(state):
+    return {part: {name: t.clone() for name, t in tensors.items()} for part, tensors in state.parts().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[p][n], t) for p, tensors in b.items() for n, t in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"width": 5}, r"model: weight: \(5, 3\) -> \(4, 3\)"),
+        ({"bias": False}, r"model: bias: absent -> \(4,\)"),
+    ],
+    ids=["shape", "name"],
+)
+def test_another_network_is_refused_before_anything_is_touched(tmp_path, other, says):
+    saved, live = training_state(**other, value=1.0), training_state()
+    found = checkpoint.load(checkpoint.save(tmp_path, parts=saved.parts(), state=saved.facts()))
+    before = contents(live)
+    with pytest.raises(CheckpointError, match=says):
+        live.load(found)
+    assert equal(contents(live), before)
+    same = training_state(value=1.0)
+    path = checkpoint.save(tmp_path / "same", parts=same.parts(), state=same.facts())
+    assert not equal(contents(live), contents(same)), "negative control"
+    live.load(checkpoint.load(path))
+    assert equal(contents(live), contents(same))
+
+
+@pytest.mark.parametrize("name", ["wait/exp_avg", "bias/exp_avg"], ids=["no such parameter", "another shape"])
+def test_moments_that_are_of_no_parameter_are_refused(tmp_path, name):
+    state = training_state()
+    parts = state.parts() | {"optimizer": {name: state.parts()["optimizer"]["weight/exp_avg"]}}
+    found = checkpoint.load(checkpoint.save(tmp_path, parts=parts, state=state.facts()))
+    with pytest.raises(CheckpointError, match=f"optimizer: {name}"):
+        training_state().load(found)

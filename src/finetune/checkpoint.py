@@ -1,10 +1,11 @@
 """Checkpoints that are whole or absent: safetensors and JSON, a manifest with checksums, and a rename as the commit.
 
 Own code instead of Accelerate's save_state: that one writes in place, pickles, has no checksums, deletes the old
-checkpoint before the new one exists, and does not restore the order of samples.
+checkpoint before the new one exists, and does not restore the order of samples. What is kept of the checkpoints is
+decided in retention.py, when they are written in saving.py.
 
     checkpoints/step-00001000/    <part>.safetensors ..., state.json, manifest.json
-    checkpoints/.tmp-*            being written; never read
+    checkpoints/.tmp-step-*       being written; never read
     checkpoints/*.trash           being deleted        *.corrupt   quarantined
 """
 
@@ -14,16 +15,20 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
+import socket
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from finetune.durable import crc_of, fsync, need_space, safetensors, write
 from finetune.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -47,65 +52,74 @@ class Checkpoint:
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """The tensors of `part` ("model", "optimizer", "ema_0.9999", ...), on the CPU."""
-        return load_file(self.path / f"{part}.safetensors")
+        return load_file(self._file(part))
+
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of `part`, by its name; nothing else of the file is read.
+
+        Raises CheckpointError if the checkpoint has no such part.
+        """
+        if not self._file(part).is_file():
+            has = ", ".join(sorted(file.stem for file in self.path.glob("*.safetensors")))
+            raise CheckpointError(f"{self.path} has no {part}; it has {has}: it is of another kind of run")
+        with safe_open(self._file(part), framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
+
+    def _file(self, part: str) -> Path:
+        return self.path / f"{part}.safetensors"
 
 
-def save(root: Path, *, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int) -> Path:
-    """Write checkpoint `root/step-<state["step"]>`, then delete all but the newest `keep`. Returns its folder.
+def save(root: Path, *, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    """Write checkpoint `root/step-<state["step"]>` and read it back. Returns its folder; others are not touched.
 
-    The folder appears under its name only when every byte of it is on the disk. If it fails (OSError, disk full),
-    nothing older was touched and nothing half-written is left.
+    The folder appears under its name only when every byte of it is on the disk. If it fails (OSError, such as a full
+    disk), nothing half-written is left. A whole one of the same step is left as it is.
     """
     target = root / f"step-{state['step']:08d}"
     if target.exists():
-        if _problem(target) is None:
-            return target  # the same step of the same run, hence the same bytes
-        _quarantine(target)
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = root / f".tmp-{target.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+        if problem(target) is None:
+            return target  # the same step of the same run, hence the same weights
+        quarantine(target)
+    if not root.is_dir():
+        root.mkdir(parents=True)
+        fsync(root.parent)
+    need_space(root, sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values()))
+    temporary = root / f".tmp-{target.name}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        for part, tensors in parts.items():
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / f"{part}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        files = {file.name: [file.stat().st_size, _crc(file)] for file in sorted(temporary.iterdir())}
-        body = {"format": FORMAT, "step": state["step"], "files": files}
-        (temporary / "manifest.json").write_text(json.dumps({**body, "checksum": _checksum(body)}, indent=1))
-        to_disk(temporary)
+        temporary.mkdir()
+        files = {f"{part}.safetensors": safetensors(tensors) for part, tensors in parts.items()}
+        files["state.json"] = iter([json.dumps(state, indent=1).encode()])
+        written = {name: list(write(temporary / name, chunks)) for name, chunks in files.items()}
+        body = {"format": FORMAT, "step": state["step"], "files": written}
+        write(temporary / "manifest.json", [json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()])
+        fsync(temporary)
         temporary.rename(target)  # the commit
-        _fsync(root)
+        fsync(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if problem := _problem(target):
-        _quarantine(target)
-        raise OSError(f"{target} does not read back as it was written: {problem}")
-    tidy(root, keep=keep)
+    if found := problem(target):
+        quarantine(target)
+        raise OSError(f"{target} does not read back as it was written: {found}")
     return target
 
 
-def tidy(root: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and whatever an interrupted save or deletion left behind."""
-    for stale in [*folders(root)[:-keep], *root.glob(".tmp-*"), *root.glob("*.trash")]:
-        # Renamed first: a deletion that is cut short must not look like a checkpoint.
-        trash = stale if stale.suffix == ".trash" else stale.rename(stale.with_name(stale.name + ".trash"))
-        shutil.rmtree(trash)
+def latest(root: Path, *, set_aside: bool = True) -> Checkpoint | None:
+    """The newest whole checkpoint under `root`, or None if there has been none.
 
-
-def latest(root: Path) -> Checkpoint | None:
-    """The newest whole checkpoint under `root`, or None if there has been none. Broken ones are renamed *.corrupt.
-
-    Raises CheckpointError if checkpoints stand there but none is whole: a fresh start must not pass for a resume.
+    set_aside: rename broken ones to *.corrupt; only for the run that they belong to. Raises CheckpointError if
+    checkpoints stand there but none is whole: a fresh start must not pass for a resume.
     """
     problems = []
     for path in reversed(folders(root)):
-        problem = _problem(path)
-        if problem is None:
+        found = problem(path)
+        if found is None:
             return _open(path)
-        problems.append(f"{path}: {problem}")
-        log.warning("checkpoint %s is broken (%s): renamed to *.corrupt, using the one before it", path, problem)
-        _quarantine(path)
+        problems.append(f"{path}: {found}")
+        if set_aside:
+            quarantine(path)
+        does = "renamed to *.corrupt, using the one before it" if set_aside else "using the one before it"
+        log.warning("checkpoint %s is broken (%s): %s", path, found, does)
     problems += [f"{path}: quarantined earlier" for path in root.glob("step-*.corrupt") if not problems]
     if problems:
         raise CheckpointError(
@@ -118,7 +132,7 @@ def latest(root: Path) -> Checkpoint | None:
 def newest_step(root: Path) -> int | None:
     """The step of the newest checkpoint under `root`, whole or not; None if there is none."""
     steps = folders(root)
-    return int(steps[-1].name.removeprefix("step-")) if steps else None
+    return step_of(steps[-1]) if steps else None
 
 
 def load(path: Path, *, what: str = "resume_from_checkpoint") -> Checkpoint:
@@ -128,41 +142,38 @@ def load(path: Path, *, what: str = "resume_from_checkpoint") -> Checkpoint:
     """
     if not path.is_dir():
         raise CheckpointError(f"{what}: {path} is no folder; give one such as .../step-00001000")
-    if problem := _problem(path):
-        raise CheckpointError(f"{what}: {path} is not a whole checkpoint: {problem}")
+    if found := problem(path):
+        raise CheckpointError(f"{what}: {path} is not a whole checkpoint: {found}")
     return _open(path)
-
-
-def to_disk(folder: Path) -> None:
-    """Flush everything in `folder`, and it, to the disk; files get the modes that the umask says."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in (*folder.rglob("*"), folder):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
-        _fsync(path)
 
 
 def folders(root: Path) -> list[Path]:
     """Folders named like a checkpoint, oldest first; everything else is ignored."""
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
-def _open(path: Path) -> Checkpoint:
-    return Checkpoint(path, json.loads((path / "state.json").read_text()))
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
-def _problem(path: Path) -> str | None:
-    """Why the folder is not a whole checkpoint, or None."""
+def problem(path: Path, *, contents: bool = True) -> str | None:
+    """Why the folder is not a whole checkpoint, or None. contents: compare checksums too, which reads all of it.
+
+    Raises CheckpointError for one of another version of this toolkit: it is not broken, and must not be set aside.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         checksum = manifest.pop("checksum")
         if checksum != _checksum(manifest):
             return "manifest.json does not match its own checksum"
         if manifest["format"] != FORMAT:
-            return f"format {manifest['format']} is not {FORMAT}, which this version reads"
-        if int(path.name.removeprefix("step-")) != manifest["step"]:
+            raise CheckpointError(
+                f"{path} has the format {manifest['format']} of another version of finetune; this one reads {FORMAT}. "
+                "Go on with the version that run.json names, or choose another output_dir"
+            )
+        if step_of(path) != manifest["step"]:
             return f"it holds step {manifest['step']}"
         for name, (size, crc) in manifest["files"].items():
             file = path / name
@@ -170,37 +181,27 @@ def _problem(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes instead of {size}"
-            if _crc(file) != crc:
+            if contents and crc_of(file) != crc:
                 return f"{name} does not match its checksum"
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read ({type(error).__name__})"
     return None
 
 
-def _quarantine(path: Path) -> None:
+def quarantine(path: Path) -> None:
+    """Rename a broken checkpoint to *.corrupt; one that was set aside before under this name goes."""
     target = path.with_name(path.name + ".corrupt")
     shutil.rmtree(target, ignore_errors=True)
     path.rename(target)
 
 
-def _crc(file: Path) -> int:
-    """CRC-32: finds damage, not forgery, at ten times the speed of sha256."""
-    value = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
+def _open(path: Path) -> Checkpoint:
+    return Checkpoint(path, json.loads((path / "state.json").read_text()))
 
 
 def _checksum(body: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

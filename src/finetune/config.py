@@ -158,6 +158,20 @@ class Checkpoint:
     """Save every so many optimizer steps (500 as in train_unconditional), and at the end."""
     checkpoints_total_limit: Annotated[Int, Field(ge=2)] = 2
     """Newest checkpoints kept; at least 2, so that one whole checkpoint exists at any moment."""
+    milestone_steps: Count | None = None
+    """Besides, keep for good the checkpoint of every so many optimizer steps; a multiple of checkpointing_steps."""
+    best_metric: str | None = None
+    """Besides, keep the checkpoint at which this number of metrics.jsonl, as logged last, was lowest: such as loss."""
+    asynchronous: bool = False
+    """Write in the background, from a copy in host memory, while the training goes on; the last one is waited for."""
+
+    def __post_init__(self) -> None:
+        every = self.checkpointing_steps
+        if self.milestone_steps and self.milestone_steps % every:
+            raise ValueError(
+                f"milestone_steps {self.milestone_steps} is no multiple of checkpointing_steps {every}, hence never "
+                f"saved: use such as {max(1, round(self.milestone_steps / every)) * every}"
+            )
 
 
 @section

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune import checkpoint
+from finetune import checkpoint, retention
 from finetune.config import Ema as EmaConfig
 from finetune.errors import surviving
 
@@ -90,15 +88,19 @@ class Ema:
         parts = {part: self.averages[part] for part in self._gammas}
         state = {"step": self.updates, "relative_widths": self._cfg.relative_widths}
         with surviving(f"snapshot of the averages at step {self.updates}", required=False):
-            checkpoint.save(root, parts=parts, state=state, keep=sys.maxsize)
+            checkpoint.save(root, parts=parts, state=state)
 
 
 def drop_snapshots_after(root: Path, step: int) -> None:
-    """Delete the snapshots under `root` of steps that will be done again, as metrics.jsonl loses their lines."""
+    """Delete the snapshots under `root` of steps that will be done again, as metrics.jsonl loses their lines.
+
+    What an interrupted snapshot left goes with them; only for the run that holds the lock of its output_dir.
+    """
     for path in checkpoint.folders(root):
-        if int(path.name.removeprefix("step-")) > step:
+        if checkpoint.step_of(path) > step:
             log.info("%s is of a step that is done again: it is written anew", path)
-            shutil.rmtree(path.rename(path.with_name(f"{path.name}.trash")))
+            path.rename(path.with_name(f"{path.name}.trash"))
+    retention.sweep(root)
 
 
 def parts_of(cfg: EmaConfig) -> list[str]:

@@ -20,7 +20,7 @@ class ConfigError(FinetuneError):
 
 
 class NonFiniteError(FinetuneError):
-    """The loss or gradient stayed NaN or infinite for the configured number of steps in a row."""
+    """Loss or gradient stayed NaN or infinite for the configured number of steps in a row, or the weights became so."""
 
     exit_code = 3
 
@@ -38,7 +38,7 @@ class PushPending(FinetuneError):
 
 
 class CheckpointError(FinetuneError):
-    """No usable checkpoint where one was asked for, or where some stand but none is whole."""
+    """No usable checkpoint where one was asked for, or where some stand but none is whole; or none can be written."""
 
     exit_code = 1
 

@@ -133,7 +133,7 @@ def _checkpoint(run: Path) -> Checkpoint:
 
     if (run / "manifest.json").is_file():
         return checkpoint.load(run, what="finetune evaluate")
-    found = checkpoint.latest(run / "checkpoints")
+    found = checkpoint.latest(run / "checkpoints", set_aside=False)  # it may be training
     if found is None:
         raise ConfigError(f"{run} has no checkpoint: give the output_dir of a run, or its checkpoints/step-...")
     return found

@@ -20,9 +20,9 @@ from diffusers import ConfigMixin, DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from finetune.card import draw_loss, model_card, read_metrics
-from finetune.checkpoint import to_disk
 from finetune.config import TrainConfig
 from finetune.config_io import dump
+from finetune.durable import to_disk
 from finetune.errors import FinetuneError, NonFiniteError
 from finetune.pipeline_conditions import kinds_of
 from finetune.pipelines import UNetPipeline

@@ -55,12 +55,17 @@ def run_facts(cfg: TrainConfig) -> dict[str, Any]:
     versions = {name: version(name) for name in PACKAGES}
     return {
         "finetune": version("finetune-unet"),
-        "command": redact(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "command": command(),
         # torch by its own word, which names the build too: "+cu130"
         "versions": {"python": platform.python_version(), **versions, "torch": str(torch.__version__)},
         "environment": _environment(),
         "config": dataclasses.asdict(cfg),
     }
+
+
+def command() -> str:
+    """The command of this process, as it may be shown."""
+    return redact(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def _environment() -> dict[str, Any]:

@@ -46,13 +46,17 @@ def train(
     if cfg.hub.push and is_main_process():
         hub.probe(repository(cfg), private=cfg.hub.private)
 
-    from finetune.export import without_loading_bars  # torch: only now, so that what cannot work is said at once
-    from finetune.trainer import Trainer
-
     folder = Path(cfg.output_dir) / "pipeline"
-    # Held here and not by the trainer, which a notebook's traceback keeps alive: the same cell must be able to resume.
-    alone = lock.hold(Path(cfg.output_dir)) if is_main_process() else contextlib.nullcontext()
-    with alone, without_loading_bars():
+    with contextlib.ExitStack() as until_done:
+        # Held here and not by the trainer, which a notebook's traceback keeps alive: the same cell must be able to
+        # resume. Before torch is imported: a second run is refused at once.
+        if is_main_process():
+            until_done.enter_context(lock.hold(Path(cfg.output_dir)))
+
+        from finetune.export import without_loading_bars  # torch: only now, so that what cannot work is said at once
+        from finetune.trainer import Trainer
+
+        until_done.enter_context(without_loading_bars())
         trainer = Trainer(cfg, dataset=dataset, objective=objective, trust=trust)
         trainer.accelerator.print(plan_text(trainer))
         trainer.fit()

@@ -44,8 +44,11 @@ class Tracker:
         self._broken = False
         if not accelerator.is_main_process:
             return
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= resumed_step))
+        if self._path.exists():
+            self._path.with_suffix(".tmp").write_text(
+                "".join(f"{line}\n" for line in self._path.read_text().splitlines() if _step(line) <= resumed_step)
+            )
+            self._path.with_suffix(".tmp").replace(self._path)  # a kill in between loses no line
         # TensorBoard would show the steps that are done again twice.
         once = {"tensorboard": {"purge_step": resumed_step + 1}}
         name = cfg.tracking.tracker_project_name

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from finetune import checkpoint, sample, tracking
+from finetune import sample, tracking
 from finetune.autoguidance import load_guide
 from finetune.batching import Batch, first_batch, make_loader
 from finetune.conditioning import build_conditioner
@@ -22,7 +22,7 @@ from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
 from finetune.data import open_data
 from finetune.ema import Ema, drop_snapshots_after
-from finetune.errors import NonFiniteError, surviving
+from finetune.errors import CheckpointError, NonFiniteError, surviving
 from finetune.identity import run_settings
 from finetune.meter import Meter
 from finetune.models import bind, build_unet
@@ -32,6 +32,7 @@ from finetune.pipelines import build_pipeline
 from finetune.processes import build_accelerator, over_processes, set_kernels
 from finetune.provenance import run_facts, write_run_files
 from finetune.resume import Resumed, RunFacts, find_checkpoint
+from finetune.saving import Saver, nonfinite
 from finetune.seeding import PositionRandom, key
 from finetune.signals import StopSignals, preempted
 from finetune.space import build_space
@@ -105,6 +106,7 @@ class Trainer:
         self.network, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
         scaler = self.accelerator.scaler
         self.state = TrainingState(self.unet, optimizer, self.objective, ema=self.ema, scaler=scaler)
+        self.saver = Saver(self.output_dir, cfg.checkpoint)
         self.resumed = self._resume()
 
     @property
@@ -124,9 +126,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_run_files(cfg, data=self.data.facts, data_fingerprint=self.data.fingerprint)
             drop_snapshots_after(self.output_dir / "ema_snapshots", self.step)
+            self.saver.tidy()
         meter = Meter(self.accelerator, self.objective)
         how = "the same command" + " without resume_from_checkpoint" * (cfg.resume_from_checkpoint != "latest")
         with StopSignals() as signals, self._progress() as bar, contextlib.closing(tracker), ExitStack() as closing:
+            closing.callback(self.saver.wait)  # an error must not cut short the checkpoint that is being written
             loader = iter(self._loader())
             # Loader processes that are left to the interpreter's end keep it waiting after an error in one of them.
             closing.callback(getattr(loader, "_shutdown_workers", lambda: None))
@@ -218,31 +222,43 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, *, required: bool) -> None:
-        """Write a checkpoint of this moment (main process; the others wait).
+        """Write a checkpoint of this moment, or begin to (main process; the others wait).
 
-        One that fails (OSError, such as a full disk) ends the run if it is required; else it costs this checkpoint.
+        Raises, on all processes alike, NonFiniteError if there is nothing finite to save, and CheckpointError if it
+        cannot be written although it is required, or for the third time in a row.
         """
+        self._refuse_nonfinite()
+        failed = None
         if self.accelerator.is_main_process:
-            with surviving(f"checkpoint at step {self.step}", required=required):
-                self._write_checkpoint()
-        self.accelerator.wait_for_everyone()
+            try:
+                self._write_checkpoint(required=required)
+            except CheckpointError as error:
+                failed = error
+        if over_processes(self.accelerator, failed is not None):
+            raise failed or CheckpointError("the main process could not write a checkpoint: its own message says why")
 
     def snapshot(self) -> None:
         """Keep the power-function averages of this moment in ema_snapshots/ (main process; nobody waits)."""
+        self._refuse_nonfinite()
         if self.accelerator.is_main_process:
             self.ema.snapshot(self.output_dir / "ema_snapshots")
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, *, required: bool) -> None:
         run = {
             "samples_seen": self.state.batches * self.global_batch,
             **dataclasses.asdict(self._run_facts()),
         }
-        checkpoint.save(
-            self.output_dir / "checkpoints",
-            parts=self.state.parts(),
-            state=self.state.facts() | run,
-            keep=self.cfg.checkpoint.checkpoints_total_limit,
-        )
+        self.saver.save(self.state.parts(), self.state.facts() | run, required=required)
+
+    def _refuse_nonfinite(self) -> None:
+        """Of a finite loss and gradient the step may still be too large for float32."""
+        parts = nonfinite(self.state.parts())
+        if over_processes(self.accelerator, len(parts)):
+            where = ", ".join(parts) or "the weights of another process"
+            raise NonFiniteError(
+                f"{where} held NaN or infinite values at step {self.step}: lower optimizer.learning_rate, or use "
+                f"mixed_precision bf16 or no. The last finite checkpoint is kept in {self.output_dir / 'checkpoints'}."
+            )
 
     def _run_facts(self) -> RunFacts:
         facts, train = run_facts(self.cfg), self.cfg.train

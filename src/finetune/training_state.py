@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.checkpoint import Checkpoint
+from finetune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from finetune.ema import Ema
@@ -56,18 +57,42 @@ class TrainingState:
         }
 
     def load(self, found: Checkpoint) -> None:
-        """Take over a checkpoint of the same run."""
-        self._unet.load_state_dict(found.tensors("model"))
-        load_optimizer(self._optimizer, found.tensors("optimizer"), self._names)
-        if self._objective.state_dict():
-            self._objective.load_state_dict(found.tensors("objective"))
+        """Take over a checkpoint of the same run. Raises CheckpointError, before anything live is touched, if it is
+        not of these very modules."""
+        parts = self.parts()
+        self._refuse_misfits(found, parts)
+        saved = {part: found.tensors(part) for part in parts}  # all of them read before the first is copied
+        self._unet.load_state_dict(saved["model"])
+        load_optimizer(self._optimizer, saved["optimizer"], self._names)
+        if "objective" in saved:
+            self._objective.load_state_dict(saved["objective"])
         if self._ema:
-            self._ema.load(found.state["ema_updates"], {part: found.tensors(part) for part in self._ema.averages})
+            self._ema.load(found.state["ema_updates"], {part: saved[part] for part in self._ema.averages})
         if self._scaler and found.state["grad_scaler"]:
             self._scaler.load_state_dict(found.state["grad_scaler"])
         self.step, self.batches = found.state["step"], found.state["batches"]
         self.nonfinite_steps = found.state["nonfinite_steps"]
         self.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
+
+    def _refuse_misfits(self, found: Checkpoint, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Compare names and shapes. A fresh optimizer has no state: its shapes are those of the parameters, or ()."""
+        trained = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
+        misfits = []
+        for part, tensors in parts.items():
+            saved, live = found.shapes(part), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            if part == "optimizer":
+                live = {name: trained.get(name.rpartition("/")[0]) for name in saved}
+                saved = {name: shape or live[name] for name, shape in saved.items()}  # the counter of steps is a scalar
+            for name in sorted(saved.keys() | live.keys()):
+                if saved.get(name) != live.get(name) or live[name] is None:
+                    misfits.append(f"  {part}: {name}: {saved.get(name, 'absent')} -> {live.get(name) or 'absent'}")
+        if misfits:
+            more = [f"  and {len(misfits) - 10} more"] if len(misfits) > 10 else []
+            raise CheckpointError(
+                f"{found.path} is of another network; it was saved with other names or shapes:\n"
+                + "\n".join(misfits[:10] + more)
+                + "\nChoose another output_dir for the new network, or set back what was changed."
+            )
 
 
 def parameter_names(unet: nn.Module, objective: Objective) -> dict[nn.Parameter, str]:

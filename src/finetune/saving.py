@@ -1,0 +1,145 @@
+"""When checkpoints are written: now, or in the background from a copy; and how many may fail before the run ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from finetune import checkpoint
+from finetune.config import Checkpoint as CheckpointConfig
+from finetune.errors import CheckpointError
+from finetune.retention import tidy
+
+log = logging.getLogger(__name__)
+
+MOST_MISSED = 3  # checkpoints in a row that a run may do without
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+class Saver:
+    """Writes the checkpoints of one run, at most one at a time; for the process that holds the lock of output_dir."""
+
+    def __init__(self, output_dir: Path, cfg: CheckpointConfig) -> None:
+        """Touches nothing yet: several processes may have one."""
+        self._root, self._metrics, self._cfg = output_dir / "checkpoints", output_dir / "metrics.jsonl", cfg
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._in_flight: tuple[int, Future[None]] | None = None
+        self._copies: dict[str, dict[str, Tensor]] = {}
+        self._missed = 0
+
+    def tidy(self) -> None:
+        """Delete what an interrupted run left, and the checkpoints that need not be kept. Before the first save."""
+        if self._root.is_dir():
+            tidy(self._root, self._cfg)
+
+    def save(self, parts: Parts, state: Mapping[str, Any], *, required: bool) -> None:
+        """Write a checkpoint of this moment, of which state["step"] is the step; then delete the older ones.
+
+        One that fails (OSError, such as a full disk) costs this checkpoint; the third in a row, or one that is
+        required, raises CheckpointError. With checkpoint.asynchronous it is written in the background unless it is
+        required, and fails at the next call. Waits for the one before in any case.
+        """
+        self.wait()
+        state = {**state, **self._best_metric()}
+        if self._cfg.asynchronous and not required and self._fits_memory(parts):
+            self._in_flight = state["step"], self._background.submit(self._write, self._copy(parts), state)
+        else:
+            self._attempt(state["step"], lambda: self._write(parts, state), required=required)
+        if self._missed >= MOST_MISSED:
+            raise CheckpointError(
+                f"{self._missed} checkpoints in a row could not be written, the last failure is above. The older ones "
+                f"in {self._root} are whole: free some space, then the same command goes on from the newest."
+            )
+
+    def wait(self) -> None:
+        """Until the save in flight, if there is one, has ended; if it failed, that is said and counted."""
+        if self._in_flight is None:
+            return
+        (step, future), self._in_flight = self._in_flight, None
+        start = time.perf_counter()
+        if not future.done():
+            future.exception()
+            log.info("waited %.1f s for the checkpoint of step %d", time.perf_counter() - start, step)
+        self._attempt(step, future.result, required=False)
+
+    def _attempt(self, step: int, write: Callable[[], None], *, required: bool) -> None:
+        try:
+            write()
+            self._missed = 0
+        except OSError as error:
+            if required:
+                raise CheckpointError(
+                    f"the checkpoint of step {step} could not be written ({error}). The older ones in {self._root} are "
+                    "whole: free some space, then the same command goes on from the newest."
+                ) from error
+            self._missed += 1
+            log.warning("no checkpoint at step %d (%s); what was written before is whole, going on", step, error)
+
+    def _write(self, parts: Parts, state: Mapping[str, Any]) -> None:
+        checkpoint.save(self._root, parts=parts, state=state)
+        tidy(self._root, self._cfg)
+
+    def _best_metric(self) -> dict[str, Any]:
+        """What state.json says of checkpoint.best_metric: its value in the last line of metrics.jsonl."""
+        name = self._cfg.best_metric
+        if name is None:
+            return {}
+        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
+        line = json.loads(lines[-1]) if lines else {}
+        if not isinstance(line.get(name), int | float):
+            numbers = ", ".join(key for key, value in line.items() if isinstance(value, int | float)) or "none"
+            log.warning("checkpoint.best_metric %s: the last line of metrics.jsonl has only %s", name, numbers)
+            return {}
+        return {"best_metric": {name: line[name]}}
+
+    def _fits_memory(self, parts: Parts) -> bool:
+        """Whether the copy of `parts` has room in host memory; once it had, its memory is used again."""
+        size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+        free = psutil.virtual_memory().available + sum(t.nbytes for ts in self._copies.values() for t in ts.values())
+        if size > free:
+            log.warning(
+                "checkpoint.asynchronous needs %.1f GB of host memory for a copy, %.1f GB are free: written at once",
+                size / 1e9,
+                free / 1e9,
+            )
+        return size <= free
+
+    @torch.no_grad()
+    def _copy(self, parts: Parts) -> Parts:
+        """`parts` in host memory, which is pinned if they come from a GPU; the memory is that of the last copy."""
+        on_gpu, copies = False, {}
+        for part, tensors in parts.items():
+            last, copies[part] = self._copies.get(part, {}), {}
+            for name, tensor in tensors.items():
+                on_gpu |= tensor.is_cuda
+                copy = last.get(name)
+                if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                copies[part][name] = copy.copy_(tensor, non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        self._copies = copies
+        return copies
+
+
+def nonfinite(parts: Parts) -> list[str]:
+    """The parts among the weights and averages that hold a NaN or an infinity.
+
+    An optimizer's second moment may overflow in a training that is otherwise well, so the optimizer does not count.
+    """
+    found = []
+    for part in parts.keys() - {"optimizer", "objective"}:
+        floats = [tensor for tensor in parts[part].values() if tensor.is_floating_point() and tensor.numel()]
+        extremes = [torch.stack(tensor.detach().aminmax()).float() for tensor in floats]  # NaN if any element is
+        if extremes and not torch.stack(extremes).isfinite().all():
+            found.append(part)
+    return sorted(found)
