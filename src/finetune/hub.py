@@ -223,7 +223,8 @@ def _ask(request: dict[str, Any], budget: float, first_wait: float) -> dict[str,
         LOGGER.warning("the Hub: %s Next try in %.1f s, %.0f s left.", trouble["message"], pause, left)
         time.sleep(pause)
         wait = min(2 * wait, LONGEST_WAIT)
-        # An outage of the Xet storage takes its client minutes to report; plain LFS uploads need other servers.
+        # An outage of the Xet storage takes its client minutes to report; plain LFS uploads need other servers, and
+        # less memory, should the process have been killed for that.
         without_xet = without_xet or trouble["xet"]
 
 
@@ -246,4 +247,5 @@ def _attempt(request: dict[str, Any], seconds: float, without_xet: bool) -> dict
         return fault(f"no answer within {seconds:.0f} s.", transient=True)
     if child.returncode == 0:
         return json.loads(child.stdout.splitlines()[-1])
-    return fault(f"the uploading process ended with code {child.returncode}.", transient=child.returncode < 0)
+    killed = child.returncode < 0
+    return fault(f"the uploading process ended with code {child.returncode}.", transient=killed, xet=killed)
