@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,7 +49,11 @@ class Checkpoint:
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """The tensors of `part` ("model", "optimizer", "ema_0.9999", ...), on the CPU."""
-        return load_file(self.path / f"{part}.safetensors")
+        file = self.path / f"{part}.safetensors"
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is no safetensors file, and nothing else is read: {error}") from error
 
 
 def save(root: Path, *, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int) -> Path:

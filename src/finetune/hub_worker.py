@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ConfigError
+from finetune.redaction import without_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -25,8 +26,6 @@ LONGEST_SILENCE = 120.0
 
 XET_SILENCE = 300.0
 """The same for the Xet storage, its client's own default: it counts from the start of a request, sending included."""
-
-HUB_TOKEN = re.compile(rb"\bhf_(?:oauth_[\w.-]{20,}|[A-Za-z0-9]{20,})")
 
 REMEDY = {
     400: "Correct what the Hub complains about.",
@@ -168,7 +167,7 @@ def _diagnose(error: Exception, token: str) -> dict[str, Any]:
 
 def _redact(text: str, token: str) -> str:
     """`text` without tokens and without URL queries, which for storage hosts are signatures."""
-    text = HUB_TOKEN.sub(b"[token]", text.replace(token, "[token]").encode()).decode()
+    text = without_secrets(text.replace(token, "[token]"))
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text)
 
 

@@ -18,6 +18,8 @@ from finetune.config import TrainConfig
 from finetune.config_io import is_main_process
 from finetune.config_launch import launch_settings
 from finetune.plan import plan_text
+from finetune.pretrained import pin
+from finetune.provenance import recorded_commits, refuse_secrets
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,6 +45,7 @@ def train(
     Raises the errors of finetune.errors; the weights are on the disk before the Hub is asked to take them.
     """
     cfg = launch_settings(cfg, os.environ)
+    refuse_secrets(cfg)
     if cfg.hub.push and is_main_process():
         hub.probe(repository(cfg), private=cfg.hub.private)
 
@@ -52,6 +55,7 @@ def train(
     folder = Path(cfg.output_dir) / "pipeline"
     # Held here and not by the trainer, which a notebook's traceback keeps alive: the same cell must be able to resume.
     alone = lock.hold(Path(cfg.output_dir)) if is_main_process() else contextlib.nullcontext()
+    pin(recorded_commits(Path(cfg.output_dir)))
     with alone, without_loading_bars():
         trainer = Trainer(cfg, dataset=dataset, objective=objective, trust=trust)
         trainer.accelerator.print(plan_text(trainer))
