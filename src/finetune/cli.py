@@ -54,14 +54,8 @@ def guarded(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return 2
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported, which nothing here was yet
     _log_to_screen(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    if kind := next(filter(None, map(secret_in, argv)), None):
-        print(
-            f"an option contains {kind}, which every process of this machine can read there and your shell keeps: take "
-            "it out. The Hub's token comes from `hf auth login` or HF_TOKEN, those of trackers from their variables",
-            file=sys.stderr,
-        )
-        return ConfigError.exit_code
     try:
+        _refuse_secrets(argv)
         return command(argv) or 0
     except FinetuneError as error:
         # It is wrong in all processes alike, or in those of one machine, such as a path that is not there.
@@ -74,6 +68,14 @@ def guarded(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except Exception:
         print(shown(traceback.format_exc()), end="", file=sys.stderr)
         return 1
+
+
+def _refuse_secrets(argv: list[str]) -> None:
+    if kind := next(filter(None, map(secret_in, argv)), None):
+        raise ConfigError(
+            f"an option contains {kind}, which every process of this machine can read there and your shell keeps: take "
+            "it out. The Hub's token comes from `hf auth login` or HF_TOKEN, those of trackers from their variables"
+        )
 
 
 class _Record(logging.LogRecord):

@@ -53,7 +53,8 @@ def main() -> None:
     # Should the parent be killed, nobody else would end a child that waits for a silent server.
     faulthandler.dump_traceback_later(request["seconds"] + 5, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
 
-    silence = min(LONGEST_SILENCE, max(1.0, request["seconds"] / 4))
+    share = max(1.0, request["seconds"] / 6)  # so that a short budget has room for three lost requests and a good one
+    silence = min(LONGEST_SILENCE, share)
 
     def hurry(sent: Any) -> None:
         timeouts = sent.extensions["timeout"]
@@ -65,8 +66,7 @@ def main() -> None:
         return client
 
     # Or an outage of Xet, which its client tries six times, would use up the budget before plain uploads take over.
-    xet_silence = min(XET_SILENCE, max(1.0, request["seconds"] / 6))
-    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{1000 * xet_silence:.0f}ms")
+    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{1000 * min(XET_SILENCE, share):.0f}ms")
     os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "2")
 
     def redacted(record: logging.LogRecord) -> bool:
