@@ -9,7 +9,7 @@ budget, which a later `push` finishes. In all of them: the repository ends with 
 and no empty one; no commit in between shows a part of the model; the export is untouched; no other server sees the
 token. Xet uploads fall back to plain ones, so that nothing at the Xet storage can stop a push.
 
-Prints a table and exits with 1 if a cell ended otherwise than it must. The whole matrix takes some ten minutes.
+Prints a table and exits with 1 if a cell ended otherwise than it must. The whole matrix takes seven minutes on 2 cores.
 """
 
 import argparse
