@@ -28,10 +28,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import signal_trials  # noqa: E402
 import torch  # noqa: E402
 
 import crash_points  # noqa: E402
-import signal_trials  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: written by benchmarks/faults.py -->", "<!-- end of faults -->"
@@ -52,14 +52,17 @@ def tiny(folder: Path, seed: int) -> Iterator[tuple[str, list[Trial]]]:
     """Saves of tiny tensors: every durable operation."""
     for how, cfg in (("at once", crash_points.NOW), ("in the background", crash_points.BEHIND)):
         # The number of operations in the background varies by a few with the threads; all but the last are tried.
-        points = range(len(crash_points.operations(folder / f"count {how}", cfg)) - 12 * (how != "at once"))
+        operations = crash_points.operations(folder / f"count {how}", cfg)
+        points = range(len(operations) - 12 * (how != "at once"))
         for name in ("killed", "torn", "power"):
+            some = [at for at in points if name != "torn" or operations[at].startswith("write")]
             yield f"{WORDS[name]} at each durable operation of 7 saves {how}", [
-                lambda at=at, name=name, cfg=cfg: crash_points.dies(folder / "trial", cfg, at, name) for at in points
+                lambda at=at, name=name, cfg=cfg: crash_points.dies(folder / f"{name} {at}", cfg, at, name)
+                for at in some
             ]
         for error in (errno.ENOSPC, errno.EIO):
             yield f"{WORDS[error]} at each durable operation of 7 saves {how}", [
-                lambda at=at, error=error, cfg=cfg: crash_points.fails(folder / "trial", cfg, at, error)
+                lambda at=at, error=error, cfg=cfg: crash_points.fails(folder / f"{error} {at}", cfg, at, error)
                 for at in points
             ]
 
@@ -79,14 +82,14 @@ def saving(folder: Path, seed: int) -> Iterator[tuple[str, list[Trial]]]:
         reference = crash_points.Reference(folder / f"reference {how}", asynchronous=asynchronous)
         points = range(len(reference.operations) - 12 * asynchronous)
         yield f"training killed at each durable operation of 7 saves {how}", [
-            lambda at=at, r=reference: r.crash(folder / "trial", at) for at in points
+            lambda at=at, r=reference: r.crash(folder / f"crash {at}", at) for at in points
         ]
         yield f"training killed at a random moment, saves {how}", [
-            lambda n=n, r=reference: r.kill(folder / "trial", n) for n in range(seed, seed + kills)
+            lambda n=n, r=reference: r.kill(folder / f"kill {n}", n) for n in range(seed, seed + kills)
         ]
         if damages:
             yield "newest checkpoint damaged at random, and given by its path: refused", [
-                lambda n=n, r=reference: r.damage(folder / "trial", n) for n in range(seed, seed + damages)
+                lambda n=n, r=reference: r.damage(folder / f"damage {n}", n) for n in range(seed, seed + damages)
             ]
 
 

@@ -1,8 +1,9 @@
 """A Hugging Face Hub on loopback: enough of its protocol for the real client to create, push, list and pull a model.
 
-Two servers, as with the real one: the Hub itself, and a storage host that takes and gives large files by signed URL and
-must never see a token. State lives in memory. Faults are injected by rule (`FakeHub.fail`), every request is recorded.
-Large files go by plain Git LFS ("basic" transfers): set HF_HUB_DISABLE_XET=1 in the client.
+Three servers, as with the real one: the Hub itself, a storage host that takes and gives large files by signed URL, and
+the Xet storage, which takes a token of its own; neither of these may ever see the user's. State lives in memory. Faults
+are injected by rule (`FakeHub.fail`), every request is recorded. Large files come by Xet, or by plain Git LFS from a
+client with HF_HUB_DISABLE_XET=1; downloads are always plain.
 """
 
 import base64
@@ -10,12 +11,16 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from xet_server import XetStorage
+
 WRITE_TOKEN = "hf_oauth_" + "writeCanary".ljust(28, "W")
 READ_TOKEN = "hf_" + "readCanary".ljust(34, "R")
+XET_TOKEN = "xet-canary-of-a-short-life"
 SIGNATURE = "X-Amz-Signature=canarysignature"
 
 
@@ -39,7 +44,7 @@ class Repo:
 
 @dataclass
 class Request:
-    """One recorded request; host is "hub" or "storage"."""
+    """One recorded request; host is "hub", "storage" or "xet"."""
 
     host: str
     method: str
@@ -75,14 +80,16 @@ class FakeHub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
+        self.chunks = XetStorage()
         self.requests: list[Request] = []
         self.rules: list[Rule] = []
         self.corrupt: str | None = None
         """Path of a file of which the first byte is flipped whenever it is committed."""
         self.closing = threading.Event()
         self.lock = threading.RLock()
-        self.servers = {host: self._server(host) for host in ("hub", "storage")}
-        self.endpoint, self.storage = (f"http://127.0.0.1:{s.server_address[1]}" for s in self.servers.values())
+        self.servers = {host: self._server(host) for host in ("hub", "storage", "xet")}
+        ports = [server.server_address[1] for server in self.servers.values()]
+        self.endpoint, self.storage, self.xet = (f"http://127.0.0.1:{port}" for port in ports)
 
     def _server(self, host: str) -> ThreadingHTTPServer:
         handler = type("Handler", (_Handler,), {"hub": self, "host": host})
@@ -139,6 +146,8 @@ class FakeHub:
         path = unquote(url.path)
         if request.host == "storage":
             return self._storage(request, path)
+        if request.host == "xet":
+            return self._xet(request, path)
         header = request.headers.get("authorization", "")
         role = {f"Bearer {WRITE_TOKEN}": "write", f"Bearer {READ_TOKEN}": "read", "": None}.get(header, "unknown")
         if role == "unknown":
@@ -197,6 +206,13 @@ class FakeHub:
         wanted = json.loads(request.body)["files"]
         return {"files": [{"path": f["path"], "shouldIgnore": False, "uploadMode": _mode(f)} for f in wanted]}
 
+    def xet_token(self, request: Request, role: str | None, repo: str, revision: str) -> tuple:
+        self.visible(repo, role, write=True)
+        end = int(time.time()) + 900
+        reply = {"casUrl": self.xet, "accessToken": XET_TOKEN, "exp": end}
+        headers = {"X-Xet-Cas-Url": self.xet, "X-Xet-Access-Token": XET_TOKEN, "X-Xet-Token-Expiration": str(end)}
+        return 200, headers, json.dumps(reply).encode()
+
     def lfs_batch(self, request: Request, role: str | None, repo: str) -> dict:
         self.visible(repo, role, write=True)
         objects = []
@@ -223,6 +239,8 @@ class FakeHub:
         tree = dict(tree)
         for line in lines[1:]:
             value, large = line["value"], line["key"] == "lfsFile"
+            if large and value["oid"] not in self.objects:
+                raise Reply(400, f"the content of {value['path']} was never sent")
             data = self.objects[value["oid"]] if large else base64.b64decode(value["content"])
             if value["path"] == self.corrupt:
                 data = bytes([data[0] ^ 1]) + data[1:]
@@ -266,6 +284,21 @@ class FakeHub:
             return 206, {"Content-Range": f"bytes {first}-{last}/{len(data)}"}, data[first : last + 1]
         return 200, {"ETag": f'"{oid}"'}, data
 
+    def _xet(self, request: Request, path: str) -> tuple[int, dict[str, str], bytes]:
+        if request.headers.get("authorization") != f"Bearer {XET_TOKEN}":
+            raise Reply(401, "the Xet storage takes the token that the Hub made for it, and no other")
+        try:
+            with self.lock:
+                if request.method == "POST" and (match := re.fullmatch(r"/v1/xorbs/default/(\w+)", path)):
+                    self.chunks.add_xorb(match[1], request.body)
+                    return 200, {}, b'{"was_inserted": true}'
+                if request.method == "POST" and path in ("/v1/shards", "/v2/shards"):
+                    self.objects |= self.chunks.add_shard(request.body)
+                    return 200, {}, b'{"result": 1}' if path == "/v1/shards" else b'{"type": "result"}\n'
+        except (ValueError, IndexError) as error:
+            raise Reply(400, str(error)) from None
+        raise Reply(404, "not here: neither a chunk that others have, nor grants")
+
 
 REPO, REVISION = r"(?P<repo>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
 ROUTES = [
@@ -277,6 +310,7 @@ ROUTES = [
     ("GET", rf"/api/models/{REPO}/revision/{REVISION}", FakeHub.model),
     ("POST", rf"/api/models/{REPO}/preupload/{REVISION}", FakeHub.preupload),
     ("POST", rf"/api/models/{REPO}/commit/{REVISION}", FakeHub.commit),
+    ("GET", rf"/api/models/{REPO}/xet-write-token/{REVISION}", FakeHub.xet_token),
     ("GET", rf"/api/models/{REPO}/tree/{REVISION}", FakeHub.tree),
     ("POST", rf"/api/models/{REPO}/paths-info/{REVISION}", FakeHub.paths_info),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", FakeHub.lfs_batch),

@@ -43,7 +43,7 @@ def test_facts_are_json_and_name_nobody(monkeypatch):
     facts = run_facts(make())
     text = json.dumps(facts)
     assert facts["command"] == "train_unet.py --config './a b.yaml' [token]"
-    assert set(facts) == {"finetune", "command", "versions", "environment", "config"}
+    assert set(facts) == {"finetune", "command", "versions", "environment", "commits", "config"}
     assert facts["versions"]["torch"] == torch.__version__ and facts["environment"]["num_processes"] == 1
     assert facts["config"] == dataclasses.asdict(make())
     assert not [secret for secret in (TOKEN, os.getcwd(), str(Path.home()) + "/") if secret in text]

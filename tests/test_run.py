@@ -275,11 +275,14 @@ def test_an_outage_at_the_end_costs_the_push_only(tmp_path, hub):
     assert f"finetune push {cfg.output_dir} --hub_model_id run" in last and "Traceback" not in log(cfg)
     assert_no_token(cfg)
     hub.rules.clear()
+    before = {name: data for name, data in contents(Path(cfg.output_dir)).items() if name != ".lock"}
     words = last.partition("finetune push ")[2].split()
     command = [sys.executable, "-m", "finetune.cli", "push", *words]
     pushed = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert pushed.returncode == 0, pushed.stderr
     assert "pushed: " in pushed.stderr
+    after = {name: data for name, data in contents(Path(cfg.output_dir)).items() if name != ".lock"}
+    assert after == before, "nothing is trained, drawn or exported again"
     assert hub.files("user/run") == contents(exported(cfg))
 
 

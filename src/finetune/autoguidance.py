@@ -14,7 +14,7 @@ from finetune.config_io import load_text
 from finetune.errors import CheckpointError, ConfigError
 from finetune.models import UNet
 from finetune.objective import build_objective, without_own_code
-from finetune.pretrained import load_model_config, load_pretrained, resolve_source
+from finetune.pretrained import commit_of, load_model_config, load_pretrained, resolve_source
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _scheduler_config(name: str) -> dict[str, Any] | None:
         folders = [path / "pipeline" / "scheduler", path / "scheduler"]
         found = next((folder for folder in folders if (folder / "scheduler_config.json").is_file()), None)
         return None if found is None else DDPMScheduler.load_config(found)
-    return DDPMScheduler.load_config(name, subfolder="scheduler")
+    return DDPMScheduler.load_config(name, subfolder="scheduler", revision=commit_of(name, setting="autoguidance"))
 
 
 def _check_same_noise(theirs: dict[str, Any] | None, scheduler: SchedulerMixin, name: str) -> None:

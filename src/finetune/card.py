@@ -238,6 +238,9 @@ def _training_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
         "precision": cfg.train.mixed_precision if cfg.train.mixed_precision in ("fp16", "bf16") else "float32",
         "seed": str(cfg.seed),
     }
+    if run.get("commits"):
+        named = (f"{code(name)} {code(commit)}" for name, commit in run["commits"].items())
+        rows["loaded from the Hub"] = ", ".join(named)
     if environment:
         rows["global batch"] = f"{batch_plan(cfg, environment['num_processes'])[0]} images"
         rows["device"] = f"{environment['num_processes']} × {prose(environment['device'])}"

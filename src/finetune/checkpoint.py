@@ -11,6 +11,7 @@ decided in retention.py, when they are written in saving.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,12 +20,12 @@ import secrets
 import shutil
 import socket
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -52,21 +53,27 @@ class Checkpoint:
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """The tensors of `part` ("model", "optimizer", "ema_0.9999", ...), on the CPU."""
-        return load_file(self._file(part))
+        with self._reading(part) as file:
+            return load_file(file)
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of `part`, by its name; nothing else of the file is read.
 
         Raises CheckpointError if the checkpoint has no such part.
         """
-        if not self._file(part).is_file():
+        if not (self.path / f"{part}.safetensors").is_file():
             has = ", ".join(sorted(file.stem for file in self.path.glob("*.safetensors")))
             raise CheckpointError(f"{self.path} has no {part}; it has {has}: it is of another kind of run")
-        with safe_open(self._file(part), framework="pt") as file:
+        with self._reading(part) as path, safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
 
-    def _file(self, part: str) -> Path:
-        return self.path / f"{part}.safetensors"
+    @contextlib.contextmanager
+    def _reading(self, part: str) -> Iterator[Path]:
+        file = self.path / f"{part}.safetensors"
+        try:
+            yield file
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is no safetensors file, and nothing else is read: {error}") from error
 
 
 def save(root: Path, *, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:

@@ -10,9 +10,10 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import ConfigError, FinetuneError
-from finetune.provenance import without_token
+from finetune.redaction import secret_in, shown
 
 USAGE = """usage: finetune COMMAND [options]
 
@@ -46,37 +47,55 @@ def main(argv: list[str] | None = None) -> int:
 def guarded(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Run `command(argv)`; errors meant for the user become one message on stderr and their exit code, others 1.
 
-    What is logged or raised is shown without the token of the Hub, which libraries may quote.
+    What is logged or raised, by whatever library, is shown without tokens and control characters.
     """
     if sys.platform == "win32":
         print("finetune runs on Linux and macOS; on Windows, use it inside WSL", file=sys.stderr)
         return 2
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported, which nothing here was yet
     _log_to_screen(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
+        _refuse_secrets(argv)
         return command(argv) or 0
     except FinetuneError as error:
         # It is wrong in all processes alike, or in those of one machine, such as a path that is not there.
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
-            print(without_token(str(error)), file=sys.stderr)
+            print(shown(str(error)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception:
-        print(without_token(traceback.format_exc()), end="", file=sys.stderr)
+        print(shown(traceback.format_exc()), end="", file=sys.stderr)
         return 1
 
 
-class _WithoutToken(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        """The text of a record, as it may be shown."""
-        return without_token(super().format(record))
+def _refuse_secrets(argv: list[str]) -> None:
+    if kind := next(filter(None, map(secret_in, argv)), None):
+        raise ConfigError(
+            f"an option contains {kind}, which every process of this machine can read there and your shell keeps: take "
+            "it out. The Hub's token comes from `hf auth login` or HF_TOKEN, those of trackers from their variables"
+        )
+
+
+class _Record(logging.LogRecord):
+    """A record of any logger, whose text may be shown: libraries have handlers of their own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.exc_info and self.exc_info[0]:
+            self.exc_text = shown("".join(traceback.format_exception(*self.exc_info)).rstrip())
+
+    def getMessage(self) -> str:  # noqa: N802  the name that logging calls
+        """The text, as it may be shown."""
+        return shown(super().getMessage())
 
 
 def _log_to_screen(level: int) -> None:
     """Show what this package logs from `level` on; of the libraries, warnings and errors, as they show them."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_WithoutToken("%(message)s"))
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.setLogRecordFactory(_Record)
     logger = logging.getLogger("finetune")
     logger.setLevel(level)
     logger.handlers = [handler]  # not added: a second command in this process would say everything twice

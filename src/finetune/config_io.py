@@ -21,6 +21,7 @@ from finetune.config_tree import ALL_SETTINGS, SECTIONS, SETTINGS, Setting, acti
 from finetune.config_words import merged, show, word
 from finetune.config_yaml import MAX_BYTES, read_mapping, write_mapping
 from finetune.errors import ConfigError, FinetuneError
+from finetune.redaction import shown
 
 _ADAPTER = TypeAdapter(TrainConfig)
 
@@ -133,7 +134,7 @@ def load_or_exit(argv: Sequence[str] | None = None, *, env: Mapping[str, str] = 
 def report(error: FinetuneError, *, env: Mapping[str, str] = os.environ) -> int:
     """Print an error's message to stderr, on the main process only; returns its exit code."""
     if is_main_process(env):
-        print(error, file=sys.stderr)
+        print(shown(str(error)), file=sys.stderr)
     return error.exit_code
 
 

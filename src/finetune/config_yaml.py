@@ -70,6 +70,11 @@ def read_mapping(text: str, name: str) -> dict[str, Entry]:
     return entries
 
 
+def plain_mapping(text: str, name: str) -> dict[str, object]:
+    """The values that `read_mapping` finds, without lines."""
+    return {key: entry.plain() for key, entry in read_mapping(text, name).items()}
+
+
 def read_value(text: str, name: str) -> object:
     """One value in YAML flow form, such as `1e-4`, `[1, 2]` or `{a: 1}`; ConfigError if it is not valid YAML."""
     reader = _Reader(name)

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import re
+import secrets
 import statistics
-import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from finetune.config import Data
 from finetune.data_changes import fingerprint
+from finetune.durable import write
 from finetune.errors import DataError
 from finetune.folder import MOST_LISTED, Problem
 from finetune.images import BadRow, decode, strict_pillow
@@ -212,9 +213,9 @@ def _store(entry: Path, files: str, report: Report) -> None:
     known = {"bad": bad, "facts": report.facts, "files": files, "fingerprint": fingerprint(report.digests)}
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
-            file.write(save({"digests": report.digests}, metadata={"report": json.dumps(known)}))
-        os.replace(file.name, entry)
+        aside = entry.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")
+        write(aside, [save({"digests": report.digests}, metadata={"report": json.dumps(known)})])
+        aside.replace(entry)
     except OSError as error:
         logger.warning("the check of the data cannot be kept for the next run: %s", error)
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError, PushPending
-from finetune.hub_worker import HUB_TOKEN, fault
+from finetune.hub_worker import fault
+from finetune.redaction import KEYS, secret_values
 
 LOGGER = logging.getLogger(__name__)
 
@@ -33,13 +34,6 @@ MOST_FILES = 249
 
 LONGEST_WAIT = 60.0
 """Seconds between two tries, at most; also what is kept back of a long budget for the last try."""
-
-SECRETS = {
-    "a Hugging Face token": HUB_TOKEN,
-    "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
-    "an AWS access key": re.compile(rb"\bAKIA[0-9A-Z]{16}\b"),
-}
-SECRET_NAMES = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
 
 
 class _Refused(Exception):
@@ -165,11 +159,10 @@ def _publishable(name: str, components: set[str]) -> bool:
 
 def _secret_patterns(folder: Path) -> dict[str, re.Pattern[bytes]]:
     """Kind of finding -> what to search for. No user or host name: as words they occur in honest text too often."""
-    patterns = dict(SECRETS)
-    values = {f"the value of ${name}": value for name, value in os.environ.items() if SECRET_NAMES.search(name)}
-    values["the token of your login"] = _token() or ""
-    # Shorter values are words that a config may hold for good reasons.
-    patterns |= {kind: re.compile(re.escape(os.fsencode(v))) for kind, v in values.items() if len(v) >= 16}
+    values = secret_values()
+    if len(token := _token() or "") >= 16:
+        values["the token of your login"] = token
+    patterns = KEYS | {kind: re.compile(re.escape(os.fsencode(value))) for kind, value in values.items()}
     for kind, path in {"your home directory": Path.home(), "the output directory": folder.resolve().parent}.items():
         # "/root" alone is a word of tokenizers and code; "/root/x" or "/home/me" is a place on this machine.
         end = rb"/" if len(path.parts) == 2 else rb"(?![\w.-])"
@@ -223,7 +216,8 @@ def _ask(request: dict[str, Any], budget: float, first_wait: float) -> dict[str,
         LOGGER.warning("the Hub: %s Next try in %.1f s, %.0f s left.", trouble["message"], pause, left)
         time.sleep(pause)
         wait = min(2 * wait, LONGEST_WAIT)
-        # An outage of the Xet storage takes its client minutes to report; plain LFS uploads need other servers.
+        # An outage of the Xet storage takes its client minutes to report; plain LFS uploads need other servers, and
+        # less memory, should the process have been killed for that.
         without_xet = without_xet or trouble["xet"]
 
 
@@ -246,4 +240,5 @@ def _attempt(request: dict[str, Any], seconds: float, without_xet: bool) -> dict
         return fault(f"no answer within {seconds:.0f} s.", transient=True)
     if child.returncode == 0:
         return json.loads(child.stdout.splitlines()[-1])
-    return fault(f"the uploading process ended with code {child.returncode}.", transient=child.returncode < 0)
+    killed = child.returncode < 0
+    return fault(f"the uploading process ended with code {child.returncode}.", transient=killed, xet=killed)

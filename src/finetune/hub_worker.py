@@ -11,10 +11,12 @@ import os
 import re
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ConfigError
+from finetune.redaction import without_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 LONGEST_SILENCE = 120.0
 """Seconds without a byte from the server after which one request counts as lost."""
 
-HUB_TOKEN = re.compile(rb"\bhf_(?:oauth_[\w.-]{20,}|[A-Za-z0-9]{20,})")
+XET_SILENCE = 300.0
+"""The same for the Xet storage, its client's own default: it counts from the start of a request, sending included."""
 
 REMEDY = {
     400: "Correct what the Hub complains about.",
@@ -50,10 +53,21 @@ def main() -> None:
     # Should the parent be killed, nobody else would end a child that waits for a silent server.
     faulthandler.dump_traceback_later(request["seconds"] + 5, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
 
+    share = max(1.0, request["seconds"] / 6)  # so that a short budget has room for three lost requests and a good one
+    silence = min(LONGEST_SILENCE, share)
+
+    def hurry(sent: Any) -> None:
+        timeouts = sent.extensions["timeout"]
+        sent.extensions["timeout"] = {name: silence if value is None else value for name, value in timeouts.items()}
+
     def impatient_client() -> Any:
         client = default_client_factory()
-        client.timeout = min(LONGEST_SILENCE, max(1.0, request["seconds"] / 4))
+        client.event_hooks["request"].append(hurry)  # not client.timeout: listings are asked for with "no timeout"
         return client
+
+    # Or an outage of Xet, which its client tries six times, would use up the budget before plain uploads take over.
+    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{1000 * min(XET_SILENCE, share):.0f}ms")
+    os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "2")
 
     def redacted(record: logging.LogRecord) -> bool:
         record.msg, record.args = _redact(record.getMessage(), token), ()
@@ -143,13 +157,17 @@ def _diagnose(error: Exception, token: str) -> dict[str, Any]:
     broken = any(kind.__name__ == "TransportError" for e in chain for kind in type(e).__mro__)
     # A proxy's error page where JSON is expected is an outage too; the Xet client raises the bare ConnectionError.
     broken = broken or any(isinstance(e, ConnectionError | TimeoutError | json.JSONDecodeError) for e in chain)
+    # Whatever it was that went wrong there, also an answer that the client of Xet does not understand.
+    xet = any(type(e) is ConnectionError for e in chain) or any(
+        frame.name == "_upload_xet_files" for frame in traceback.extract_tb(error.__traceback__)
+    )
     offline = any(isinstance(e, OfflineModeIsEnabled) for e in chain)
-    return fault(words, transient=broken and not offline, xet=any(type(e) is ConnectionError for e in chain))
+    return fault(words, transient=(broken or xet) and not offline, xet=xet)
 
 
 def _redact(text: str, token: str) -> str:
     """`text` without tokens and without URL queries, which for storage hosts are signatures."""
-    text = HUB_TOKEN.sub(b"[token]", text.replace(token, "[token]").encode()).decode()
+    text = without_secrets(text.replace(token, "[token]"))
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from finetune.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+_COMMITS: dict[str, str] = {}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -33,6 +35,42 @@ def resolve_source(name: str, *, setting: str, revision: str | None = None) -> s
     return name
 
 
+def commit_of(name: str, *, setting: str, revision: str | None = None) -> str:
+    """The commit that `revision` (None: main) of a Hub repository is at, asked for once in a process.
+
+    Every file is then taken from that commit: a branch may move while a model is being loaded, or between its parts.
+    Without a connection it is the one that was loaded last. Raises ConfigError if there is none.
+    """
+    if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        return revision
+    key = f"{name}@{revision or 'main'}"
+    if key not in _COMMITS:
+        _COMMITS[key] = _asked_for(name, setting, revision)
+    return _COMMITS[key]
+
+
+def commits() -> dict[str, str]:
+    """ "owner/name@revision" -> commit, of all Hub repositories that were loaded from."""
+    return dict(_COMMITS)
+
+
+def pin(known: Mapping[str, str]) -> None:
+    """Start anew with these commits, as `commits` gives them: a run goes on with the parts that it began with."""
+    _COMMITS.clear()
+    _COMMITS.update(known)
+
+
+def _asked_for(name: str, setting: str, revision: str | None) -> str:
+    from huggingface_hub import resolve_revision
+
+    try:
+        return resolve_revision(name, revision=revision).resolved
+    except Exception as error:  # the Hub client, the HTTP library and offline mode share no base class
+        at = "" if revision is None else f" at revision {revision}"
+        reason = " ".join(str(error).split())[:400]
+        raise ConfigError(f"{setting}: the Hub repository {name}{at} cannot be loaded: {reason}") from error
+
+
 def load_pretrained(
     cls: type,
     name: str,
@@ -49,6 +87,7 @@ def load_pretrained(
     """
     import diffusers
     import torch
+    from safetensors import SafetensorError
 
     source, options = _place(name, setting=setting, revision=revision, subfolder=subfolder)
     options |= {"variant": variant} if variant is not None else {}
@@ -56,7 +95,7 @@ def load_pretrained(
     fixed = {"use_safetensors": True, "output_loading_info": True, dtype: torch.float32}
     try:
         model, report = cls.from_pretrained(source, **fixed, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(cls, source, setting, options, error) from error
     if bad := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise ConfigError(
@@ -93,7 +132,7 @@ def _place(name: str, *, setting: str, revision: str | None, subfolder: str | No
     """Where to load from, as the libraries' first argument and the keyword arguments beside it."""
     source = resolve_source(name, setting=setting, revision=revision)
     if not Path(source).is_dir():
-        options = {"revision": revision, "subfolder": subfolder}
+        options = {"revision": commit_of(name, setting=setting, revision=revision), "subfolder": subfolder}
         return source, {key: value for key, value in options.items() if value is not None}
     # Joined here, because diffusers loads from the folder itself, without a word, where the subfolder is missing.
     folder = Path(source, subfolder or "")

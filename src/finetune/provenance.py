@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import platform
 import re
@@ -18,8 +19,11 @@ from pydantic import TypeAdapter
 
 from finetune.config import TrainConfig
 from finetune.config_io import dump
-from finetune.hub_worker import HUB_TOKEN
-from finetune.pretrained import HUB_ID
+from finetune.errors import ConfigError
+from finetune.pretrained import HUB_ID, commits
+from finetune.redaction import secret_in, without_secrets
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "datasets", "safetensors", "numpy")
 
@@ -42,7 +46,29 @@ def write_run_files(cfg: TrainConfig, **facts: Any) -> None:
     """output_dir/config.yaml, as resolved, and run.json: run_facts and these facts, of JSON types."""
     folder = Path(cfg.output_dir)
     (folder / "config.yaml").write_text(dump(cfg), "utf-8")
-    (folder / "run.json").write_text(json.dumps(run_facts(cfg) | facts, indent=1))
+    # The name of a class comes from the data, and may be anything.
+    (folder / "run.json").write_text(without_secrets(json.dumps(run_facts(cfg) | facts, indent=1)))
+
+
+def recorded_commits(output_dir: Path) -> dict[str, str]:
+    """The commits of the Hub repositories that an earlier start of this run loaded from; none for a fresh one."""
+    try:
+        return json.loads((output_dir / "run.json").read_text("utf-8")).get("commits", {})
+    except FileNotFoundError:
+        return {}
+    except ValueError:  # cut short by a crash; it is written anew
+        log.warning("%s/run.json cannot be read: what is loaded from the Hub is taken as it is today", output_dir)
+        return {}
+
+
+def refuse_secrets(cfg: TrainConfig) -> None:
+    """Raises ConfigError if a setting holds a token or key: settings are written, logged and published."""
+    found = [f"{path}: contains {kind}" for path, text in _texts(dataclasses.asdict(cfg)) if (kind := secret_in(text))]
+    if found:
+        raise ConfigError(
+            "\n".join(found) + "\nSettings are written to files that may be published: take it out. The Hub's token "
+            "comes from `hf auth login` or HF_TOKEN, those of trackers from variables of their own."
+        )
 
 
 def run_facts(cfg: TrainConfig) -> dict[str, Any]:
@@ -59,6 +85,7 @@ def run_facts(cfg: TrainConfig) -> dict[str, Any]:
         # torch by its own word, which names the build too: "+cu130"
         "versions": {"python": platform.python_version(), **versions, "torch": str(torch.__version__)},
         "environment": _environment(),
+        "commits": commits(),
         "config": dataclasses.asdict(cfg),
     }
 
@@ -89,17 +116,9 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def without_token(text: str) -> str:
-    """`text` with "[token]" in the place of the value of HF_TOKEN and of all that looks like a Hub token."""
-    secret = os.environ.get("HF_TOKEN", "")
-    if len(secret) >= 8:  # anything shorter is no token, and may be a word of the text
-        text = text.replace(secret, "[token]")
-    return HUB_TOKEN.sub(b"[token]", text.encode(errors="surrogatepass")).decode(errors="surrogatepass")
-
-
 def redact(text: str) -> str:
-    """`text` without Hub tokens, with the working directory as "." and the home directory as "~"."""
-    text = without_token(text)
+    """`text` without tokens and keys, with the working directory as "." and the home directory as "~"."""
+    text = without_secrets(text)
     places = {str(Path.cwd()): ".", str(Path.home()): "~"}
     for place in sorted(places, key=len, reverse=True):
         if len(Path(place).parts) > 1:  # "/" is in every path
@@ -165,6 +184,16 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [text for item in value.values() for text in _strings(item)]
     return [value] if isinstance(value, str) else []
+
+
+def _texts(value: Any, path: str = "") -> list[tuple[str, str]]:
+    """(setting, text) of all strings in nested dicts and sequences, names included."""
+    if isinstance(value, dict):
+        names = [(path or "settings", str(name)) for name in value]
+        return names + [found for name, item in value.items() for found in _texts(item, f"{path}.{name}".strip("."))]
+    if isinstance(value, list | tuple):
+        return [found for item in value for found in _texts(item, path)]
+    return [(path, value)] if isinstance(value, str) else []
 
 
 def _last_part(path: str) -> str:

@@ -18,6 +18,8 @@ from finetune.config import TrainConfig
 from finetune.config_io import is_main_process
 from finetune.config_launch import launch_settings
 from finetune.plan import plan_text
+from finetune.pretrained import pin
+from finetune.provenance import recorded_commits, refuse_secrets
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,6 +45,7 @@ def train(
     Raises the errors of finetune.errors; the weights are on the disk before the Hub is asked to take them.
     """
     cfg = launch_settings(cfg, os.environ)
+    refuse_secrets(cfg)
     if cfg.hub.push and is_main_process():
         hub.probe(repository(cfg), private=cfg.hub.private)
 
@@ -52,6 +55,7 @@ def train(
         # resume. Before torch is imported: a second run is refused at once.
         if is_main_process():
             until_done.enter_context(lock.hold(Path(cfg.output_dir)))
+        pin(recorded_commits(Path(cfg.output_dir)))
 
         from finetune.export import without_loading_bars  # torch: only now, so that what cannot work is said at once
         from finetune.trainer import Trainer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ConfigError
 from finetune.grids import grid
-from finetune.pretrained import resolve_source
+from finetune.pretrained import commit_of, resolve_source
 from finetune.small_images import small_of, triples
 
 if TYPE_CHECKING:
@@ -194,13 +194,15 @@ def load_pipeline(source: str) -> DiffusionPipeline:
     Safetensors only, and no code from the repository. Raises ConfigError if there is none that this package can use.
     """
     source = pipeline_source(source)
+    at = {} if Path(source).is_dir() else {"revision": commit_of(source, setting="finetune sample")}
     from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+    from safetensors import SafetensorError
 
     from finetune.pipelines import UNetPipeline
 
     classes = {cls.__name__: cls for cls in (UNetPipeline, DDPMPipeline, DDIMPipeline, StableDiffusionPipeline)}
     try:
-        index = DiffusionPipeline.load_config(source)
+        index = DiffusionPipeline.load_config(source, **at)
     except (OSError, ValueError) as error:
         advice = "" if Path(source).is_dir() else " Check the name, your login (`hf auth login`) and the network."
         raise ConfigError(f"no pipeline (model_index.json) could be read from {source}: {error}{advice}") from error
@@ -214,8 +216,8 @@ def load_pipeline(source: str) -> DiffusionPipeline:
         raise ConfigError(f"{source} wants classes of {', '.join(map(str, foreign))}, which are not loaded: no code is "
                           "taken from a model repository")  # fmt: skip
     try:
-        return classes[name].from_pretrained(source, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        return classes[name].from_pretrained(source, use_safetensors=True, **at)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"the {name} of {source} could not be loaded: {' '.join(str(error).split())}") from error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config_sample import ALL_SAMPLERS
+from finetune.config_yaml import plain_mapping
 from finetune.errors import ConfigError
 from finetune.grids import grid
 from finetune.sample import (
@@ -29,11 +30,9 @@ if TYPE_CHECKING:
 
 def _run_defaults(source: str, pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Steps and guidance of the run that a stock pipeline belongs to, which has no place for them itself."""
-    import yaml
-
     for path in (Path(source) / "config.yaml", Path(source).parent / "config.yaml"):
         if path.is_file():
-            section = yaml.safe_load(path.read_text()).get("sample", {})
+            section = plain_mapping(path.read_text("utf-8"), str(path)).get("sample") or {}
             given = {k: section.get(k) for k in ("num_inference_steps", "guidance_scale")}
             return {"num_inference_steps": pipeline.scheduler.config.num_train_timesteps} | {
                 name: value for name, value in given.items() if value is not None
