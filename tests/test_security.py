@@ -39,6 +39,7 @@ from finetune.checkpoint import CheckpointError
 from finetune.config_io import load, load_text, read
 from finetune.config_tree import SETTINGS
 from finetune.data import open_data
+from finetune.durable import crc_of
 from finetune.errors import ConfigError, FinetuneError
 from finetune.importers import import_iddpm
 from finetune.models import build_unet
@@ -158,7 +159,7 @@ def test_a_pickle_in_a_checkpoint_with_a_fitting_manifest_is_not_read(tmp_path, 
     assert checkpoint.load(folder).tensors("model")["w"].tolist() == [1, 1]
     file = poison(folder / "model.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = [file.stat().st_size, checkpoint._crc(file)]
+    manifest["files"]["model.safetensors"] = [file.stat().st_size, crc_of(file)]
     body = {name: value for name, value in manifest.items() if name != "checksum"}
     (folder / "manifest.json").write_text(json.dumps(body | {"checksum": checkpoint._checksum(body)}))
     with pytest.raises(CheckpointError, match="model.safetensors is no safetensors file, and nothing else is read"):
