@@ -17,7 +17,7 @@ IDS = [path.relative_to(ROOT / "src" / "finetune").as_posix() for path in SOURCE
 LAYERS = [
     {"errors", "config_types", "hub_worker", "own_code", "frechet"},
     {"config_choices", "config_data", "config_levels", "config_objective", "config_sample"},
-    {"hub", "lock", "signals", "seeding"},
+    {"hub", "lock", "signals", "seeding", "watchdog"},
     {"config"},
     {"config_tree", "config_yaml", "config_flags", "config_words", "config_options", "config_launch", "config_io"},
     {"objective"},
@@ -36,7 +36,7 @@ LAYERS = [
     {"sample"},
     {"sample_command"},
     {"card"},
-    {"export"},
+    {"export", "failures"},
     {"trainer", "plan", "posthoc", "evaluate", "measure"},
     {"run"},
     {"cli"},
