@@ -43,9 +43,10 @@ def losing_nothing(trainer: Trainer) -> Iterator[None]:
         if not theirs:
             trainer.accelerator.leave(error)
             log.error("%s: %s", whereabouts(trainer), type(error).__name__)
-        saved = trainer.rescue()
+        with SIGNALS.noting():
+            saved = trainer.rescue()
         told = _of_others(trainer) if theirs else _of_memory(error, trainer)
-        if signal and saved and isinstance(told, ProcessError):
+        if signal and trainer.whole and isinstance(told, ProcessError):
             raise preempted(signal, trainer.step, how=command_to_resume(trainer.cfg)) from error
         if told is not error or isinstance(error, ProcessError):
             log.error("saved at step %d" if saved else "not saved at step %d", trainer.step)

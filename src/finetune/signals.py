@@ -15,12 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 from finetune.errors import Preempted
 
 _EXIT_CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}  # 75 is EX_TEMPFAIL: requeue me
 _LEAVE, _NOTE, _INTERRUPT = "leave", "note", "interrupt"
+STUCK_SECONDS = 0.3
+"""How long the main thread may take to heed a signal before it counts as waiting outside of Python."""
 ABORT_SECONDS = 2.0
 """How long a second SIGINT waits for Python to unwind, which code that runs outside of Python can delay for ever."""
 
@@ -39,6 +42,7 @@ class Signals:
         self.received = 0
         """The first signal that came in the outermost context, or 0."""
         self._way: str | None = None
+        self._handled: dict[int, float] = {}
 
     def leaving(self) -> contextlib.AbstractContextManager[Signals]:
         """Inside, a signal ends the process at once with its exit code, also while it waits outside of Python."""
@@ -86,22 +90,26 @@ class Signals:
             os.close(writer)  # which ends the thread
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._handled[number] = time.monotonic()
+        if self._way == _LEAVE:
+            _leave(number)
         again = number == signal.SIGINT and self.received == signal.SIGINT
         self.received = self.received or number
-        if again and self._way != _LEAVE:
+        if again:
             raise KeyboardInterrupt
         if self._way == _INTERRUPT:
             self._way = _NOTE  # once: the next must not hit the cleaning up
             raise Interrupted
 
     def _watch(self, reader: int) -> None:
-        """In a thread: the interpreter writes the number of each signal to a pipe even while the main thread is in a
-        call that lasts (a rendezvous, a collective, a file system that hangs), when `_handle` cannot run."""
+        """In a thread: do what `_handle` cannot while the main thread is in a call outside of Python that lasts (a
+        rendezvous, a collective, a file system that hangs); the numbers of signals come through a pipe even then."""
         interrupts = 0
         while number := os.read(reader, 1):
             if number[0] not in _EXIT_CODES:
                 continue
-            if self._way == _LEAVE:
+            time.sleep(STUCK_SECONDS)
+            if self._way == _LEAVE and time.monotonic() - self._handled.get(number[0], 0.0) > 2 * STUCK_SECONDS:
                 _leave(number[0])
             interrupts += number[0] == signal.SIGINT
             if interrupts > 1:
@@ -117,6 +125,10 @@ SIGNALS = Signals()
 def _leave(number: int) -> None:
     words = f"{signal.Signals(number).name}: stopped; nothing was lost, the same command goes on or starts again.\n"
     os.write(2, words.encode())  # not print: the main thread may hold the lock of the stream
+    for children in Path("/proc/self/task").glob("*/children"):  # empty where there is no /proc: they end by themselves
+        for child in children.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGTERM)
     os._exit(_EXIT_CODES[signal.Signals(number)])
 
 

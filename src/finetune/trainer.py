@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,34 +131,33 @@ class Trainer:
             drop_snapshots_after(self.output_dir / "ema_snapshots", self.step)
         meter, timeout = Meter(self.accelerator, self.objective), 60 * cfg.train.timeout_minutes
         with (
-            SIGNALS.noting(),
             losing_nothing(self),
             Watchdog(timeout, lambda: whereabouts(self)) as watchdog,
-            self._progress() as bar,
             contextlib.closing(tracker),
-            ExitStack() as closing,
+            contextlib.closing(patiently(self.loader(), timeout)) as loaded,
+            self._progress() as bar,
         ):
-            loader = iter(self.loader())
-            # Loader processes that are left to the interpreter's end keep it waiting after an error in one of them.
-            closing.callback(getattr(loader, "_shutdown_workers", lambda: None))
-            batches = meter.waiting(patiently(loader, timeout))
             if self.step and self._due(cfg.sample.sample_every):  # stopped between this checkpoint and its samples
                 self.sample(again=self.step == self.steps)
-            while self.step < self.steps and not self.stop:
-                with watchdog.step():
-                    taken = self.train_step(batches, meter)
-                bar.update(self.step - bar.n)
-                if taken and self._due(cfg.tracking.log_every):
-                    tracker.log(self._log_line(meter, bar), step=self.step)
-                if taken and cfg.ema.snapshot_every and self._due(cfg.ema.snapshot_every):
-                    self.snapshot()  # before the checkpoint: what is resumed from has all that came before it
-                if taken and self._due(cfg.checkpoint.checkpointing_steps) and not self.stop:
-                    self.save(required=self.step == self.steps)
-                if taken and self._due(cfg.sample.sample_every) and not self.stop:
-                    self.sample()
-            if self.stop:
-                self.save(required=True)
-                raise preempted(self.stop, self.step, how=command_to_resume(cfg))
+            batches = meter.waiting(loaded)
+            if self.step < self.steps:  # the first batch takes long, and while it does there is nothing to be saved
+                batches = itertools.chain([next(batches)], batches)
+            with SIGNALS.noting():
+                while self.step < self.steps and not self.stop:
+                    with watchdog.step():
+                        taken = self.train_step(batches, meter)
+                    bar.update(self.step - bar.n)
+                    if taken and self._due(cfg.tracking.log_every):
+                        tracker.log(self._log_line(meter, bar), step=self.step)
+                    if taken and cfg.ema.snapshot_every and self._due(cfg.ema.snapshot_every):
+                        self.snapshot()  # before the checkpoint: what is resumed from has all that came before it
+                    if taken and self._due(cfg.checkpoint.checkpointing_steps) and not self.stop:
+                        self.save(required=self.step == self.steps)
+                    if taken and self._due(cfg.sample.sample_every) and not self.stop:
+                        self.sample()
+                if self.stop:
+                    self.save(required=True)
+                    raise preempted(self.stop, self.step, how=command_to_resume(cfg))
 
     def train_step(self, batches: Iterator[Batch], meter: Meter) -> bool:
         """One optimizer step over a global batch. Returns whether it was taken; if not, only counters changed.

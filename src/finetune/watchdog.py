@@ -10,11 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ProcessError
 
-Item = TypeVar("Item")
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
 STEPS = 10
 """A step may take this many times the median step."""
 LOADER_POLL = 2.0
@@ -77,34 +79,39 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
 
-def patiently(items: Iterator[Item], seconds: float) -> Iterator[Item]:
-    """The items of a DataLoader whose timeout is LOADER_POLL, each waited for up to `seconds`.
+def patiently(loader: DataLoader, seconds: float) -> Iterator[Any]:
+    """The batches of a loader whose timeout is LOADER_POLL, each waited for up to `seconds`; ends with its processes.
 
     Its own long timeout would be waited out for a process that is dead already. Raises ProcessError that says which.
     """
-    while True:
-        start = time.monotonic()
+    batches = iter(loader)
+    try:
         while True:
-            try:
-                item = next(items)
-                break
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                words = str(error)
-                if "exited unexpectedly" in words:
-                    raise ProcessError(
-                        f"{words}: it was killed, most likely because the machine ran out of memory; lower "
-                        "data.dataloader_num_workers, or give the run more memory"
-                    ) from None
-                if not words.startswith("DataLoader timed out"):
-                    raise
-                if time.monotonic() - start > seconds:
-                    raise ProcessError(
-                        f"the loader processes have made no batch for {seconds:.0f} s (train.timeout_minutes): look at "
-                        "the storage of the data, or raise it"
-                    ) from None
-        yield item
+            yield _next(batches, seconds)
+    finally:
+        # Loader processes that are left to the interpreter's end keep it waiting after an error in one of them.
+        getattr(batches, "_shutdown_workers", lambda: None)()
+
+
+def _next(batches: Iterator[Any], seconds: float) -> Any:
+    start = time.monotonic()
+    while True:
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            words = str(error)
+            if "exited unexpectedly" in words:
+                raise ProcessError(
+                    f"{words}: it was killed, most likely because the machine ran out of memory; lower "
+                    "data.dataloader_num_workers, or give the run more memory"
+                ) from None
+            if not words.startswith("DataLoader timed out"):
+                raise
+            if time.monotonic() - start > seconds:
+                raise ProcessError(
+                    f"the loader processes have made no batch for {seconds:.0f} s (train.timeout_minutes): look at the "
+                    "storage of the data, or raise it"
+                ) from None
 
 
 def _say(words: str) -> None:
