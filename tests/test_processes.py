@@ -1,6 +1,7 @@
-"""Two processes that wait for each other: as long as the other lives, and no longer; and what is told when it does not."""
+"""Processes that wait for each other as long as the other lives, and no longer; and what is told when one fails."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -202,7 +203,7 @@ def test_loader_failure_loses_no_step(tmp_path, how):
     steps = [path.name for path in sorted((Path(cfg.output_dir) / "checkpoints").iterdir())]
     assert steps == [f"step-{forked.last_step(cfg):08d}"] and forked.last_step(cfg) >= 3
     if how == "killed":
-        assert "exited unexpectedly: it was killed, most likely because the machine ran out of memory" in log(cfg)
+        assert "a process that loads samples was killed, most likely because the machine ran out of memory" in log(cfg)
     assert f"process 0 of 1, step {forked.last_step(cfg) + 1}, rows " in log(cfg)
 
 
@@ -220,6 +221,7 @@ def test_hang_in_one_process_is_shown_and_ended(tmp_path):
     cfg = config(tmp_path / "run", train=SHORT | {"timeout_minutes": 1 / 60}, checkpoint={"checkpointing_steps": 1})
     start = time.monotonic()
     assert run(cfg, body=spoiled(2, hangs, rank=0)) == [1]
-    assert time.monotonic() - start < 8
-    assert "ended after 1 s without progress (train.timeout_minutes): process 0 of 1, step 3, rows " in log(cfg)
+    assert time.monotonic() - start < 20
+    ended = r"ended after \d+ s without progress \(train.timeout_minutes\): process 0 of 1, step 3, rows \d+"
+    assert re.search(ended, log(cfg))
     assert "in hangs" in log(cfg)

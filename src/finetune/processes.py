@@ -92,7 +92,7 @@ class Lifeline:
                 found[rank] = f"ended: {self._store.get(f'left/{rank}').decode()}"
             elif self._silent(rank) > silence:
                 found[rank] = f"was killed or stopped: no sign of life for {self._silent(rank):.1f} s"
-        return "; ".join(found)
+        return found
 
     def _silent(self, rank: int) -> float:
         """Seconds since a call saw a new sign of life of `rank`."""

@@ -87,23 +87,24 @@ def patiently(loader: DataLoader, seconds: float) -> Iterator[Any]:
     batches = iter(loader)
     try:
         while True:
-            yield _next(batches, seconds)
+            yield _next(batches, seconds, loader.num_workers)
     finally:
         # Loader processes that are left to the interpreter's end keep it waiting after an error in one of them.
         getattr(batches, "_shutdown_workers", lambda: None)()
 
 
-def _next(batches: Iterator[Any], seconds: float) -> Any:
+def _next(batches: Iterator[Any], seconds: float, workers: int) -> Any:
     start = time.monotonic()
     while True:
         try:
             return next(batches)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             words = str(error)
-            if "exited unexpectedly" in words:
+            broken = isinstance(error, ConnectionError | EOFError)  # its batch was being fetched
+            if workers and "in DataLoader worker process" not in words and (broken or "exited unexpectedly" in words):
                 raise ProcessError(
-                    f"{words}: it was killed, most likely because the machine ran out of memory; lower "
-                    "data.dataloader_num_workers, or give the run more memory"
+                    "a process that loads samples was killed, most likely because the machine ran out of memory: lower "
+                    f"data.dataloader_num_workers ({workers}), or give the run more memory ({words})"
                 ) from None
             if not words.startswith("DataLoader timed out"):
                 raise
