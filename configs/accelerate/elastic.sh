@@ -7,6 +7,7 @@
 # train.global_batch_size, divisible by every number of processes), so samples, noise and learning rates stay the same.
 # NPROC processes per machine. After SIGTERM the run is saved and torchrun ends with 1, which it makes of all codes but 0.
 ENDPOINT=$1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # torch 2.15 else offers restarted processes the addresses of dead ones
 shift
 exec torchrun --nnodes "${NNODES:-1:4}" --nproc-per-node "${NPROC:-8}" --max-restarts 10 --shutdown-timeout 240 \
   --rdzv-backend c10d --rdzv-id "${RUN_ID:-finetune}" --rdzv-endpoint "$ENDPOINT" train_unet.py "$@"

@@ -43,8 +43,7 @@ def losing_nothing(trainer: Trainer) -> Iterator[None]:
         if not theirs:
             trainer.accelerator.leave(error)
             log.error("%s: %s", whereabouts(trainer), type(error).__name__)
-        with SIGNALS.noting():
-            saved = trainer.rescue()
+        saved = trainer.rescue()
         told = _of_others(trainer) if theirs else _of_memory(error, trainer)
         if signal and trainer.whole and isinstance(told, ProcessError):
             raise preempted(signal, trainer.step, how=command_to_resume(trainer.cfg)) from error

@@ -131,7 +131,6 @@ class Trainer:
             drop_snapshots_after(self.output_dir / "ema_snapshots", self.step)
         meter, timeout = Meter(self.accelerator, self.objective), 60 * cfg.train.timeout_minutes
         with (
-            losing_nothing(self),
             Watchdog(timeout, lambda: whereabouts(self)) as watchdog,
             contextlib.closing(tracker),
             contextlib.closing(patiently(self.loader(), timeout)) as loaded,
@@ -142,7 +141,7 @@ class Trainer:
             batches = meter.waiting(loaded)
             if self.step < self.steps:  # the first batch takes long, and while it does there is nothing to be saved
                 batches = itertools.chain([next(batches)], batches)
-            with SIGNALS.noting():
+            with SIGNALS.noting(), losing_nothing(self):
                 while self.step < self.steps and not self.stop:
                     with watchdog.step():
                         taken = self.train_step(batches, meter)
