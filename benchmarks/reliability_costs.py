@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from finetune import data, images, order, seeding
 from finetune.config import TrainConfig
 from finetune.config_io import load
 from finetune.meter import Meter
+from finetune.saving import Saver
 from finetune.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +97,7 @@ def keyed_share(cfg: TrainConfig, steps: int, repeats: int) -> dict[str, float]:
     """Medians over `repeats` times `steps` steps: share of all keyed draws, of the hashing and reseeding in them."""
     trainer = Trainer(cfg)
     meter = Meter(trainer.accelerator, trainer.objective)
-    batches = iter(trainer._loader())
+    batches = iter(trainer.loader())
     trainer.train_step(batches, meter)
     shares: dict[str, list[float]] = {"draws": [], "keys": []}
     for _ in range(repeats):
@@ -116,8 +118,11 @@ def stall(cfg: TrainConfig, repeats: int) -> dict[str, float]:
     """Median seconds of `Trainer.save`, at once and asynchronous, and of a copy of all it saves."""
     trainer = Trainer(cfg)
     meter = Meter(trainer.accelerator, trainer.objective)
-    batches = iter(trainer._loader())
+    batches = iter(trainer.loader())
     times: dict[str, list[float]] = {"synchronous": [], "asynchronous": [], "copy": []}
+    savers = {
+        kind: Saver(Path(cfg.output_dir), replace(cfg.checkpoint, asynchronous=kind == "asynchronous")) for kind in times
+    }
     for _ in range(repeats):
         for kind in times:
             trainer.train_step(batches, meter)
@@ -125,7 +130,7 @@ def stall(cfg: TrainConfig, repeats: int) -> dict[str, float]:
             if kind == "copy":
                 _ = [tensor.clone() for part in trainer.state.parts().values() for tensor in part.values()]
             else:
-                trainer.saver.asynchronous = kind == "asynchronous"
+                trainer.saver = savers[kind]
                 trainer.save(required=False)
             times[kind].append(time.perf_counter() - start)
             trainer.saver.wait()
@@ -141,7 +146,7 @@ def start_up(folder: Path, repeats: int) -> dict[str, float]:
         for kind in times:
             start = time.perf_counter()
             trainer = Trainer(cfg)
-            trainer.train_step(iter(trainer._loader()), Meter(trainer.accelerator, trainer.objective))
+            trainer.train_step(iter(trainer.loader()), Meter(trainer.accelerator, trainer.objective))
             times[kind].append(time.perf_counter() - start)
             trainer.save(required=True)
     return {kind: statistics.median(seconds) for kind, seconds in times.items()}

@@ -29,15 +29,25 @@ def run(
     cfg: TrainConfig, *, processes: int = 1, stop: tuple[int, int] | None = None, body=None, seconds: float = 120
 ) -> list[int]:
     """Train `cfg`; returns the exit code of each process, negative for a signal. `body(cfg)` replaces the training."""
+    pids = start(cfg, processes=processes, body=body)
+    return wait(cfg, pids, stop=stop, seconds=seconds)
+
+
+def start(cfg: TrainConfig, *, processes: int = 1, body=None) -> list[int]:
+    """Start training `cfg`; returns the process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     Path(cfg.output_dir).parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush(), sys.stderr.flush()
-    pids = [_fork(cfg, rank, processes, port, body or (lambda cfg: Trainer(cfg).fit())) for rank in range(processes)]
+    return [_fork(cfg, rank, processes, port, body or (lambda cfg: Trainer(cfg).fit())) for rank in range(processes)]
+
+
+def wait(cfg: TrainConfig, pids: list[int], *, stop: tuple[int, int] | None = None, seconds: float = 120) -> list[int]:
+    """The exit codes of processes that `start` started."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
-    while len(codes) < processes:
+    while len(codes) < len(pids):
         for pid in set(pids) - set(codes):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -52,6 +62,11 @@ def run(
             raise TimeoutError(f"no end after {seconds} s; {log(cfg)}")
         time.sleep(0.01)
     return [codes[pid] for pid in pids]
+
+
+def alive(pids: list[int]) -> bool:
+    """Whether none of the processes has ended."""
+    return all(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for pid in pids)
 
 
 def whole(cfg: TrainConfig) -> None:

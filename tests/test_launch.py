@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from finetune.config_io import dump
+from forked import last_step, log, run, state
 from tiny import ROOT, config
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -71,6 +74,41 @@ def test_precision_of_the_launcher_is_honoured_and_a_contradiction_refused(tmp_p
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "fp16" in output and "bf16" in output
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def torchrun(recipe, *options) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    assert (share := "TORCH_DISABLE_SHARE_RDZV_TCP_STORE") in (ROOT / "configs/accelerate/elastic.sh").read_text()
+    environment[share] = "1"
+    return subprocess.Popen(
+        [*TORCHRUN, *options, "train_unet.py", "--config", str(recipe)],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_torchrun_restarts_what_lost_a_process_and_fewer_go_on(tmp_path):
+    """One of two processes is killed: the run resumes by itself; another number of processes finishes it."""
+    steps = {"max_train_steps": 60, "global_batch_size": 8}
+    cfg = config(tmp_path / "run", train=steps, checkpoint={"checkpointing_steps": 5})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(cfg))
+    process = torchrun(recipe, "--nproc-per-node", "2", "--max-restarts", "1")
+    deadline = time.monotonic() + 120
+    while last_step(cfg) < 8 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output = finish(process)
+    assert "per micro-step" in output and output.count("resumes at step") == 1, output
+    plain = config(tmp_path / "plain", train=steps, checkpoint={"checkpointing_steps": 100})
+    assert run(plain, processes=2) == [0, 0], log(plain)
+    assert state(cfg, 60) == state(plain, 60)
+    longer = replace(cfg, train=replace(cfg.train, max_train_steps=62))
+    assert run(longer) == [0], log(longer)
+    assert last_step(longer) == 62
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)

@@ -238,7 +238,7 @@ def until(step):
     def body(cfg):
         trainer = Trainer(cfg)
         meter = Meter(trainer.accelerator, trainer.objective)
-        batches = meter.waiting(iter(trainer._loader()))
+        batches = meter.waiting(iter(trainer.loader()))
         while trainer.step < step:
             trainer.train_step(batches, meter)
         trainer.save(required=True)
@@ -306,7 +306,7 @@ def test_processes_train_the_same_uncertainty(tmp_path):
     def body(cfg):
         trainer = Trainer(cfg)
         meter = Meter(trainer.accelerator, trainer.objective)
-        batches = meter.waiting(iter(trainer._loader()))
+        batches = meter.waiting(iter(trainer.loader()))
         for _ in range(3):
             trainer.train_step(batches, meter)
         weight = trainer.objective.uncertainty.weight.detach()
@@ -337,7 +337,7 @@ def test_objective_trains_in_the_one_loop(tmp_path, objective):
     def body(cfg):
         trainer = Trainer(cfg)
         meter = Meter(trainer.accelerator, trainer.objective)
-        batches = meter.waiting(iter(trainer._loader()))
+        batches = meter.waiting(iter(trainer.loader()))
         before = {name: p.clone() for name, p in trainer.parameters.items()}
         for _ in range(3):
             assert trainer.train_step(batches, meter)

@@ -61,7 +61,7 @@ def test_a_resumed_run_says_so(trainer):
 
 def test_projected_size_is_the_size_that_is_written(trainer):
     # AdamW has no state before its first step.
-    trainer.train_step(iter(trainer._loader()), Meter(trainer.accelerator, trainer.objective))
+    trainer.train_step(iter(trainer.loader()), Meter(trainer.accelerator, trainer.objective))
     trainer.save(required=True)
     [folder] = (trainer.output_dir / "checkpoints").glob("step-*")
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6

@@ -44,7 +44,7 @@ def test_files_and_numbers_of_a_run(tmp_path):
     files = {p.relative_to(cfg.output_dir).as_posix() for p in Path(cfg.output_dir).rglob("*") if p.is_file()}
     expected = {"config.yaml", "run.json", "metrics.jsonl"}
     expected |= {f"samples/step-{step:08d}.png" for step in (4, 8, 9)}
-    parts = ("model.safetensors", "optimizer.safetensors", "ema_0.9.safetensors", "ema_0.5.safetensors")
+    parts = [f"{part}.safetensors" for part in ("model", "optimizer", "ema_0.9", "ema_0.5", "data")]
     for step in (8, 9):
         expected |= {f"checkpoints/step-{step:08d}/{name}" for name in (*parts, "state.json", "manifest.json")}
     assert files == expected
@@ -157,7 +157,8 @@ def test_bfloat16_trains_float32_weights(tmp_path):
     import safetensors.torch
 
     for name, content in state(cfg, 4).items():
-        assert {t.dtype for t in safetensors.torch.load(content).values()} == {torch.float32}, name
+        dtype = torch.int64 if name == "data.safetensors" else torch.float32
+        assert {t.dtype for t in safetensors.torch.load(content).values()} == {dtype}, name
     losses, reference = [line["loss"] for line in metrics(cfg)], [line["loss"] for line in metrics(plain)]
     assert losses == pytest.approx(reference, rel=0.02)
     assert losses != reference

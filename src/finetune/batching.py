@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from finetune.config import TrainConfig
 from finetune.data import Replaced, Sample, TrainData
 from finetune.order import Order
+from finetune.watchdog import LOADER_POLL
 
 Place = tuple[int, int, int]  # position in the run, epoch, row
-LOADER_TIMEOUT = 600.0  # seconds without a batch after which a loader process counts as hung
 IMPORTS = ["finetune.batching"]  # what each loader process needs, and so pays for once
 
 
@@ -173,7 +173,7 @@ def make_loader(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the loader seeds its processes; without this it draws that from the global state
         worker_init_fn=_init_worker,
-        timeout=LOADER_TIMEOUT if workers else 0,
+        timeout=LOADER_POLL if workers else 0,
         multiprocessing_context=_process_context() if workers else None,
     )
 
@@ -196,7 +196,8 @@ def _init_worker(worker: int) -> None:
 
     The second SIGTERM counts, so that a hung worker still ends when the training process gives it up.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ignore_once)
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune.errors import ConfigError, FinetuneError
 from finetune.redaction import secret_in, shown
+from finetune.signals import SIGNALS, die_with_parent
 
 USAGE = """usage: finetune COMMAND [options]
 
@@ -54,20 +55,21 @@ def guarded(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return 2
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported, which nothing here was yet
     _log_to_screen(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    try:
-        _refuse_secrets(argv)
-        return command(argv) or 0
-    except FinetuneError as error:
-        # It is wrong in all processes alike, or in those of one machine, such as a path that is not there.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
-            print(shown(str(error)), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception:
-        print(shown(traceback.format_exc()), end="", file=sys.stderr)
-        return 1
+    with SIGNALS.leaving():
+        try:
+            _refuse_secrets(argv)
+            return command(argv) or 0
+        except FinetuneError as error:
+            # It is wrong in all processes alike, or in those of one machine, such as a path that is not there.
+            if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
+                print(shown(str(error)), file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception:
+            print(shown(traceback.format_exc()), end="", file=sys.stderr)
+            return 1
 
 
 def _refuse_secrets(argv: list[str]) -> None:
@@ -105,16 +107,15 @@ def _log_to_screen(level: int) -> None:
 
 def train(argv: list[str]) -> None:
     """Train from a recipe and options; what `accelerate launch train_unet.py` runs in each process."""
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():  # `accelerate launch`, torchrun
+        die_with_parent()
+
     from finetune.config_io import load_or_exit
 
     loaded = load_or_exit(argv)
 
     from finetune.run import train
 
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # started by `accelerate launch`
-        from finetune.signals import die_with_parent
-
-        die_with_parent()
     train(loaded.config, trust=loaded.trust)
 
 

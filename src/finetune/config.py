@@ -49,6 +49,9 @@ class Train:
     """Gradient norm above which gradients are scaled down (1.0 as in train_unconditional); 0: no clipping."""
     max_nonfinite_steps: Count = 10
     """Stop with exit code 3 after this many steps in a row with a NaN or infinite loss or gradient."""
+    timeout_minutes: Positive = 10.0
+    """A step that waits for another process or for samples this long ends the run; half as long, and stderr shows where
+    each thread stands. Checking data, drawing and saving take what they need."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     channels_last: bool = False

@@ -90,6 +90,12 @@ class TrainData:
         return RowOrder(self.rows, seed=self.seed)
 
     @property
+    def content(self) -> str:
+        """Hexadecimal; as `fingerprint`, and of the numbers of the rows, which crops and captions are drawn by."""
+        where = np.flatnonzero(self.digests).tobytes()
+        return hashlib.blake2b(self.fingerprint.encode() + where, digest_size=16).hexdigest()
+
+    @property
     def class_names(self) -> list[str] | None:
         """Name of each class label; None unless conditioning.kind is class_label."""
         return None if self.table.class_names is None else list(self.table.class_names)

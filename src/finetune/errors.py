@@ -43,6 +43,12 @@ class CheckpointError(FinetuneError):
     exit_code = 1
 
 
+class ProcessError(FinetuneError):
+    """A process of the run was killed, hangs, or ran out of memory."""
+
+    exit_code = 1
+
+
 class Preempted(FinetuneError):
     """A signal stopped the run after its checkpoint was saved; the same command resumes it.
 

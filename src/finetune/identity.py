@@ -62,6 +62,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("train.train_batch_size", "free"),
     ("train.gradient_*", "free"),
     ("train.max_nonfinite_steps", "free"),
+    ("train.timeout_minutes", "free"),
     ("train.channels_last", "free"),
     ("train.compile", "free"),
     ("train.allow_tf32", "free"),

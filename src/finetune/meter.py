@@ -47,11 +47,9 @@ class Meter:
         self._step = []
         self._grad_norm = grad_norm
 
-    def discard(self) -> bool:
-        """The step was not taken. Returns whether its loss on this process was finite."""
-        finite = all(math.isfinite(sums["loss"]) for sums in self._step)
+    def discard(self) -> None:
+        """The step was not taken: it does not count."""
         self._step = []
-        return finite
 
     def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
         """The same items; the time spent on waiting for them is measured."""

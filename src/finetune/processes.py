@@ -1,28 +1,183 @@
-"""Devices and processes, as Accelerate gives them."""
+"""Devices and processes, as Accelerate gives them; and how processes wait for each other and tell when one is gone."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import faulthandler
 import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed import DistError, DistStoreError, PrefixStore, TCPStore
 
 from finetune import tracking
 from finetune.config import Train, TrainConfig
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, ProcessError
+
+BEAT = 0.25
+"""Seconds between two signs of life of a process."""
 
 
-def build_accelerator(cfg: TrainConfig) -> Accelerator:
+class Lifeline:
+    """Signs of life of all processes and meetings of them, in the key-value store of the launcher.
+
+    A collective counts how long a process is waited for; a meeting whether it lives. So the main process may check data
+    or draw for hours, and one that was stopped or lost its machine is still noticed after `patience`.
+    """
+
+    def __init__(self, *, name: str, rank: int, processes: int, patience: float) -> None:
+        """name: the same on all processes, and never used before in this store. patience: seconds."""
+        self.rank, self.processes, self.patience = rank, processes, patience
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store, own = (PrefixStore(name, TCPStore(*address, is_master=False)) for _ in range(2))
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._meetings = 0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, args=(own,), daemon=True, name="lifeline")
+        self._thread.start()
+        atexit.register(self.close)
+
+    def _beat(self, store: PrefixStore) -> None:
+        with contextlib.suppress(DistError):  # the process that holds the store has ended, and so will this one
+            while not self._closed.is_set():
+                store.add(f"beat/{self.rank}", 1)
+                self._closed.wait(BEAT)
+
+    def close(self) -> None:
+        """No signs of life any more."""
+        self._closed.set()
+        self._thread.join(timeout=1)  # at the interpreter's end, a thread that returns from C++ aborts the process
+        atexit.unregister(self.close)
+
+    def meet(self) -> None:
+        """Wait for all processes, as long as they live. Raises ProcessError that names one that does not."""
+        self._meetings += 1
+        everybody = f"meeting/{self._meetings}"
+        try:
+            if self._store.add(f"{everybody}/arrived", 1) == self.processes:
+                self._store.set(everybody, b"here")
+            while True:
+                # The store itself may be in a process that was stopped, and then no call of it returns.
+                faulthandler.dump_traceback_later(1.2 * self.patience + 5, exit=True, file=2)
+                try:
+                    return self._store.wait([everybody], timedelta(seconds=min(1.0, self.patience / 5)))
+                except DistStoreError:  # not yet
+                    if gone := self.gone(self.patience):
+                        words = "; ".join(f"process {rank} {what}" for rank, what in gone.items())
+                        raise ProcessError(f"process {self.rank} waits for nobody: {words}") from None
+        except DistError as error:
+            raise ProcessError(f"process 0 has ended, or its machine cannot be reached ({error})") from None
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def leave(self, reason: str) -> None:
+        """Tell the others why this process ends."""
+        with contextlib.suppress(DistError):
+            self._store.set(f"left/{self.rank}", reason.encode())
+
+    def gone(self, silence: float) -> dict[int, str]:
+        """The processes that said that they end, or gave no sign of life for `silence` seconds, and which in words."""
+        found = {}
+        for rank in {*range(self.processes)} - {self.rank}:
+            if self._store.check([f"left/{rank}"]):
+                found[rank] = f"ended: {self._store.get(f'left/{rank}').decode()}"
+            elif self._silent(rank) > silence:
+                found[rank] = f"was killed or stopped: no sign of life for {self._silent(rank):.1f} s"
+        return found
+
+    def _silent(self, rank: int) -> float:
+        """Seconds since a call saw a new sign of life of `rank`."""
+        count, now = self._store.add(f"beat/{rank}", 0), time.monotonic()
+        if self._seen.get(rank, (-1, 0.0))[0] != count:
+            self._seen[rank] = count, now
+        return now - self._seen[rank][1]
+
+    def find_gone(self) -> dict[int, str]:
+        """As `gone`, of a process that has just ended: watches for as long as it takes to be sure, a few BEATs."""
+        try:
+            end = time.monotonic() + 6 * BEAT
+            while not (found := self.gone(4 * BEAT)) and time.monotonic() < end:
+                time.sleep(BEAT / 2)
+            return found
+        except DistError:
+            return {0: "has ended, or its machine cannot be reached"}
+
+
+class Processes(Accelerator):
+    """Accelerate's devices, processes and precision, where waiting for another process lasts as long as that lives."""
+
+    def __init__(self, *, timeout: float, **settings: Any) -> None:
+        """timeout: seconds after which a collective fails, and a process without a sign of life counts as dead."""
+        group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+        super().__init__(kwargs_handlers=[group], **settings)
+        self.lifeline: Lifeline | None = None
+        if self.num_processes > 1:
+            name = int(largest(self, secrets.randbits(62) if self.is_main_process else 0))  # restarts share a store
+            ranks = {"rank": self.process_index, "processes": self.num_processes}
+            self.lifeline = Lifeline(name=f"finetune/{name}", **ranks, patience=timeout)
+
+    def wait_for_everyone(self) -> None:
+        """As Accelerate's, without its time limit. Raises ProcessError if a process ended or gives no sign of life."""
+        if self.lifeline:
+            self.lifeline.meet()
+        super().wait_for_everyone()
+
+    @contextlib.contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """The other processes enter when the main one has left, however long that takes."""
+        with self._first(self.is_main_process):
+            yield
+
+    @contextlib.contextmanager
+    def local_main_process_first(self) -> Iterator[None]:
+        """The other processes of each machine enter when the first of it has left, however long that takes."""
+        with self._first(self.is_local_main_process):
+            yield
+
+    @contextlib.contextmanager
+    def _first(self, first: bool) -> Iterator[None]:
+        if not first:
+            self.wait_for_everyone()
+        try:
+            yield
+        except Exception as error:
+            self.leave(error)
+            raise
+        if first:
+            self.wait_for_everyone()
+
+    def leave(self, error: Exception) -> None:
+        """Tell the other processes that this one ends, and why."""
+        if self.lifeline:
+            self.lifeline.leave(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+
+    def find_gone(self) -> dict[int, str]:
+        """The processes that ended, hang or lost their machine, and which of it in words."""
+        return self.lifeline.find_gone() if self.lifeline else {}
+
+    def end_training(self) -> None:
+        """As Accelerate's; the processes are not tied to each other any more."""
+        if self.lifeline:
+            self.lifeline.close()
+        super().end_training()
+
+
+def build_accelerator(cfg: TrainConfig) -> Processes:
     """Accelerate's devices, processes and precision. Raises ConfigError if it cannot give what cfg asks for."""
     try:
-        accelerator = Accelerator(
+        accelerator = Processes(
             # Or torchrun and notebook_launcher without a GPU start separate runs of one process each.
             cpu=not torch.accelerator.is_available(),
-            # The main process alone checks the data and draws grids; torch gives up waiting for it after 10 minutes.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            timeout=60 * cfg.train.timeout_minutes,
             mixed_precision=cfg.train.mixed_precision,
             log_with=tracking.trackers(cfg.tracking) or None,
             project_dir=Path(cfg.output_dir) / "logs",
@@ -48,10 +203,10 @@ def set_kernels(cfg: Train) -> None:
     torch.use_deterministic_algorithms(cfg.deterministic)
 
 
-def over_processes(accelerator: Accelerator, number: int) -> int:
-    """The largest `number` of any process: all of them must decide alike."""
-    if accelerator.num_processes == 1:
-        return number
-    largest = torch.tensor(int(number), device=accelerator.device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return int(largest)
+def largest(accelerator: Accelerator, number: int) -> torch.Tensor:
+    """The largest `number` of any process, for what all of them must decide alike: a scalar on the device, which is
+    not waited for before it is read."""
+    found = torch.tensor(number, device=accelerator.device)
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return found

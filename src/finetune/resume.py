@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast_object_list, gather_object
 
 from finetune import checkpoint
 from finetune.checkpoint import Checkpoint
 from finetune.config import TrainConfig
 from finetune.config_tree import SETTINGS
-from finetune.errors import CheckpointError, ConfigError
-from finetune.identity import Changes, changes, rule_of
+from finetune.data_changes import changes as changes_of_rows
+from finetune.errors import CheckpointError, ConfigError, DataError
+from finetune.identity import Changes, changes, rule_of, run_settings
+from finetune.provenance import run_facts
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from finetune.data import TrainData
+    from finetune.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,36 +60,77 @@ def check_allowed(allow: Collection[str]) -> None:
             raise ConfigError(f"allow_change: {one} cannot change within a run; choose another output_dir")
 
 
-def find_checkpoint(cfg: TrainConfig, now: RunFacts, *, steps: int) -> Resumed | None:
-    """The checkpoint that cfg.resume_from_checkpoint means; None for a fresh start. steps: the length of the run.
+def find_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
+    """The whole checkpoint that cfg.resume_from_checkpoint means; None for a fresh start. Raises CheckpointError."""
+    check_allowed(cfg.allow_change)
+    if cfg.resume_from_checkpoint == "latest":
+        return checkpoint.latest(Path(cfg.output_dir) / "checkpoints")
+    return checkpoint.load(Path(cfg.resume_from_checkpoint))
+
+
+def as_the_run_began(data: TrainData, found: Checkpoint | None, accelerator: Accelerator) -> TrainData:
+    """`data` in the order in which the run began, also where rows turned unusable since (data.on_error skip).
+
+    Without a checkpoint the run begins with what the main process found: a file may have turned bad between the checks
+    of two processes. Raises DataError if the processes see different data.
+    """
+    if found is not None:
+        began = found.tensors("data")["digests"].numpy()
+    else:
+        [began] = broadcast_object_list([data.digests])
+    if data.rules.on_error == "skip" and changes_of_rows(began, data.digests).only_unusable:
+        data = data.with_order_of(began)
+    if len(set(gather_object([data.fingerprint]))) > 1:
+        raise DataError(
+            "the processes see different data: give them the same files, or name a commit as data.revision; see that "
+            "nothing changes the data while the run starts"
+        )
+    return data
+
+
+def run_facts_of(trainer: Trainer) -> RunFacts:
+    """What a checkpoint of `trainer` keeps of its run."""
+    cfg, facts = trainer.cfg, run_facts(trainer.cfg)
+    split = {"accumulation": trainer.accumulation, "micro_batch": trainer.micro_batch}
+    kernels = {name: getattr(cfg.train, name) for name in ("channels_last", "compile", "gradient_checkpointing")}
+    return RunFacts(
+        settings=run_settings(
+            cfg,
+            global_batch=trainer.global_batch,
+            steps=trainer.steps,
+            mixed_precision=trainer.accelerator.mixed_precision,
+            fingerprint=trainer.data.content,
+        ),
+        machine=facts["versions"] | facts["environment"] | split | kernels,
+    )
+
+
+def resume(trainer: Trainer, found: Checkpoint) -> Resumed:
+    """Take over a checkpoint, if it is of this run.
 
     Raises CheckpointError if it is of another run, changed in what cfg.allow_change does not name, past the end of this
     run, or older than one that stands in output_dir.
     """
-    check_allowed(cfg.allow_change)
-    root = Path(cfg.output_dir) / "checkpoints"
-    if cfg.resume_from_checkpoint == "latest":
-        found = checkpoint.latest(root)
-    else:
-        found = checkpoint.load(Path(cfg.resume_from_checkpoint))
-    if found is None:
-        return None
+    cfg, now = trainer.cfg, run_facts_of(trainer)
     then = RunFacts(settings=found.state["settings"], machine=found.state["machine"])
     differ = changes(then.settings, now.settings, allow=cfg.allow_change)
     if differ.fixed or differ.asked:
-        raise CheckpointError(_refusal(found.path, differ, then, now))
+        rows = changes_of_rows(found.tensors("data")["digests"].numpy(), trainer.data.digests)
+        told = f"\nThe data: {rows.text(trainer.data.name)}." if rows and "data.content" in differ.asked else ""
+        raise CheckpointError(_refusal(found.path, differ, then, now) + told)
+    root = Path(cfg.output_dir) / "checkpoints"
     if found.step < (newest := checkpoint.newest_step(root) or 0):
         raise CheckpointError(
             f"resume_from_checkpoint {found.path}: {root} holds a newer step {newest}. To go on from that one leave "
             "the setting out; to go back, move the newer ones away."
         )
-    if found.step > steps:
+    if found.step > trainer.steps:
         raise CheckpointError(
-            f"{found.path} is past the end of the run, which has {steps} steps: raise train.max_train_steps (or "
-            "num_train_epochs), or choose another output_dir"
+            f"{found.path} is past the end of the run, which has {trainer.steps} steps: raise train.max_train_steps "
+            "(or num_train_epochs), or choose another output_dir"
         )
-    changed = _lines([*differ.allowed, *differ.free], then, now)
-    return Resumed(found, changed, _promise(differ, then, now))
+    trainer.state.load(found)
+    return Resumed(found, _lines([*differ.allowed, *differ.free], then, now), _promise(differ, then, now))
 
 
 def _refusal(path: Path, differ: Changes, then: RunFacts, now: RunFacts) -> str:

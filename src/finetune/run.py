@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from finetune.config_launch import launch_settings
 from finetune.plan import plan_text
 from finetune.pretrained import pin
 from finetune.provenance import recorded_commits, refuse_secrets
+from finetune.signals import SIGNALS, Interrupted, stopped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +48,8 @@ def train(
     cfg = launch_settings(cfg, os.environ)
     refuse_secrets(cfg)
     if cfg.hub.push and is_main_process():
-        hub.probe(repository(cfg), private=cfg.hub.private)
+        with _conversation("nothing was lost; the same command starts again."):
+            hub.probe(repository(cfg), private=cfg.hub.private)
 
     folder = Path(cfg.output_dir) / "pipeline"
     with contextlib.ExitStack() as until_done:
@@ -92,14 +94,25 @@ def export_run(trainer: Trainer) -> Path:
 
 def push(cfg: TrainConfig) -> str:
     """Push output_dir/pipeline to the Hub; returns the address of the commit. Raises PushPending."""
-    url = hub.push(
-        Path(cfg.output_dir) / "pipeline",
-        repository(cfg),
-        private=cfg.hub.private,
-        budget=60 * cfg.hub.push_budget_minutes,
-    )
+    with _conversation(f"the model is trained and exported; `finetune push {cfg.output_dir}` goes on."):
+        url = hub.push(
+            Path(cfg.output_dir) / "pipeline",
+            repository(cfg),
+            private=cfg.hub.private,
+            budget=60 * cfg.hub.push_budget_minutes,
+        )
     log.info("pushed: %s", url)
     return url
+
+
+@contextlib.contextmanager
+def _conversation(words: str) -> Iterator[None]:
+    """A signal inside ends the run by unwinding, as the uploading process must not be left behind."""
+    try:
+        with SIGNALS.interrupting():
+            yield
+    except Interrupted:
+        raise stopped(SIGNALS.received, words) from None
 
 
 def repository(cfg: TrainConfig) -> str:

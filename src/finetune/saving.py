@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -16,8 +16,12 @@ from torch import Tensor
 
 from finetune import checkpoint
 from finetune.config import Checkpoint as CheckpointConfig
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, NonFiniteError
+from finetune.processes import largest
 from finetune.retention import tidy
+
+if TYPE_CHECKING:
+    from finetune.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -143,3 +147,16 @@ def nonfinite(parts: Parts) -> list[str]:
         if extremes and not torch.stack(extremes).isfinite().all():
             found.append(part)
     return sorted(found)
+
+
+def refuse_nonfinite(trainer: Trainer) -> None:
+    """Raise NonFiniteError on all processes alike if one of them holds weights or averages that are not finite: of a
+    finite loss and gradient the step may still be too large for float32."""
+    parts = nonfinite(trainer.state.parts())
+    if largest(trainer.accelerator, len(parts)):
+        where = ", ".join(parts) or "the weights of another process"
+        raise NonFiniteError(
+            f"{where} held NaN or infinite values at step {trainer.step}: lower optimizer.learning_rate, or use "
+            "mixed_precision bf16 or no. The last finite checkpoint is kept in "
+            f"{trainer.output_dir / 'checkpoints'}."
+        )
