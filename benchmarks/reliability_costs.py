@@ -120,9 +120,8 @@ def stall(cfg: TrainConfig, repeats: int) -> dict[str, float]:
     meter = Meter(trainer.accelerator, trainer.objective)
     batches = iter(trainer.loader())
     times: dict[str, list[float]] = {"synchronous": [], "asynchronous": [], "copy": []}
-    savers = {
-        kind: Saver(Path(cfg.output_dir), replace(cfg.checkpoint, asynchronous=kind == "asynchronous")) for kind in times
-    }
+    settings = {kind: replace(cfg.checkpoint, asynchronous=kind == "asynchronous") for kind in times}
+    savers = {kind: Saver(Path(cfg.output_dir), of_kind) for kind, of_kind in settings.items()}
     for _ in range(repeats):
         for kind in times:
             trainer.train_step(batches, meter)

@@ -135,7 +135,7 @@ class Reference:
         self.seconds = time.perf_counter() - start
         self.operations: list[str] = json.loads(folder.with_suffix(".json").read_text())
         self.state, self.lines = forked.state(cfg, SAVES), self._metrics(cfg)
-        assert len(self.state) == 4 and len(self.lines) == SAVES and _names(folder) == END
+        assert len(self.state) == 5 and len(self.lines) == SAVES and _names(folder) == END
         self._template = folder.with_name(f"{folder.name}-stopped")  # between two saves, in the middle
         logged = [i for i, operation in enumerate(self.operations) if operation == "open metrics.jsonl"]
         self._run(self.config(self._template), lambda: FaultyDisk(at=logged[5], kill=True), expected=-signal.SIGKILL)

@@ -106,7 +106,7 @@ def test_torchrun_restarts_what_lost_a_process_and_fewer_go_on(tmp_path):
     plain = config(tmp_path / "plain", train=steps, checkpoint={"checkpointing_steps": 100})
     assert run(plain, processes=2) == [0, 0], log(plain)
     assert state(cfg, 60) == state(plain, 60)
-    longer = replace(cfg, train=replace(cfg.train, max_train_steps=62))
+    longer = replace(cfg, train=replace(cfg.train, max_train_steps=62), allow_change=("train.max_train_steps",))
     assert run(longer) == [0], log(longer)
     assert last_step(longer) == 62
 

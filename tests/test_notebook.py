@@ -83,7 +83,7 @@ def test_mistakes_are_shown_as_the_command_line_shows_them(executed):
 def test_a_resumed_run_ends_with_the_same_bytes(executed):
     said = text(outputs(executed[0], "filecmp.cmp(")).splitlines()
     compared = [line for line in said if ".safetensors: " in line]
-    assert len(compared) == 3 and all(line.endswith("the same bytes") for line in compared)
+    assert len(compared) == 4 and all(line.endswith("the same bytes") for line in compared)
 
 
 def test_nothing_is_pushed_unless_asked(executed):

@@ -196,7 +196,7 @@ def test_going_back_is_never_mixed_with_what_came_after(tmp_path):
     cfg = config(tmp_path / "run", train={"max_train_steps": 4, "global_batch_size": 8})
     assert run(cfg) == [0], log(cfg)
     older = tmp_path / "run" / "checkpoints" / "step-00000002"
-    back = config(tmp_path / "run", resume_from_checkpoint=str(older))
+    back = replace(cfg, resume_from_checkpoint=str(older))
     assert run(back) == [1]
     assert "holds a newer step 4" in log(cfg)
     other = config(tmp_path / "other", resume_from_checkpoint=str(older), train={"max_train_steps": 4})
