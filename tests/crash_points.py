@@ -32,6 +32,7 @@ import forked
 from faulty_disk import Died, FaultyDisk
 from finetune import checkpoint, lock
 from finetune.config import Checkpoint
+from finetune.data import open_data
 from finetune.errors import CheckpointError
 from finetune.saving import Saver
 from finetune.trainer import Trainer
@@ -130,6 +131,7 @@ class Reference:
     def __init__(self, folder: Path, *, asynchronous: bool = False) -> None:
         self._asynchronous = asynchronous
         cfg = self.config(folder)
+        open_data(cfg, progress=False)  # whose check is in the cache from here on, so that all runs write alike
         start = time.perf_counter()
         self._run(cfg, lambda: FaultyDisk(), expected=0)
         self.seconds = time.perf_counter() - start
