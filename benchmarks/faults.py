@@ -28,10 +28,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import signal_trials  # noqa: E402
 import torch  # noqa: E402
 
 import crash_points  # noqa: E402
+import signal_trials  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: written by benchmarks/faults.py -->", "<!-- end of faults -->"
