@@ -342,13 +342,14 @@ HUB_RUN = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
+from finetune.pretrained import commits
 from test_streaming import open_data, same, streamed
 def opened(**data):
     return open_data(streamed(Path("unused"), "user/digits", data=data), progress=False)
 data, loaded = opened(), opened(streaming=False, shuffle_buffer_size=None)
 samples = [one.samples(range(23), [0] * 23) for one in (data, loaded)]
 assert all(same(*pair) for pair in zip(*samples, strict=True))
-print(json.dumps([data.facts, data.fingerprint, data.class_names]))
+print(json.dumps([data.facts, data.fingerprint, data.class_names, commits()]))
 """
 
 
@@ -365,9 +366,10 @@ def test_shards_on_the_hub_give_the_samples_of_what_is_loaded_from_it(tmp_path, 
         command = [sys.executable, "-c", HUB_RUN]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
         assert done.returncode == 0, done.stderr
-        facts, fingerprint, classes = json.loads(done.stdout.splitlines()[-1])
+        facts, fingerprint, classes, commits = json.loads(done.stdout.splitlines()[-1])
     local = opened(digits)
-    assert facts == local.facts | {"commit": oid} and fingerprint == local.fingerprint
+    assert facts == local.facts and fingerprint == local.fingerprint
+    assert commits == {"datasets/user/digits@main": oid}
     assert classes == local.class_names
     named = [request.path for request in hub.requests if "/resolve/" in request.path and "parquet" in request.path]
     assert named and all(oid in path for path in named)

@@ -244,7 +244,7 @@ def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> 
         digests=np.zeros(0, np.int64),
         fingerprint=content.hexdigest(),
         factor=factor,
-        facts=facts | ({"commit": source.commit} if source.commit else {}),
+        facts=facts,
     )
 
 

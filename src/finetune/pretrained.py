@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.errors import ConfigError
 
@@ -35,7 +35,9 @@ def resolve_source(name: str, *, setting: str, revision: str | None = None) -> s
     return name
 
 
-def commit_of(name: str, *, setting: str, revision: str | None = None) -> str:
+def commit_of(
+    name: str, *, setting: str, revision: str | None = None, repo_type: Literal["model", "dataset"] = "model"
+) -> str:
     """The commit that `revision` (None: main) of a Hub repository is at, asked for once in a process.
 
     Every file is then taken from that commit: a branch may move while a model is being loaded, or between its parts.
@@ -43,14 +45,14 @@ def commit_of(name: str, *, setting: str, revision: str | None = None) -> str:
     """
     if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         return revision
-    key = f"{name}@{revision or 'main'}"
+    key = f"{'datasets/' * (repo_type == 'dataset')}{name}@{revision or 'main'}"
     if key not in _COMMITS:
-        _COMMITS[key] = _asked_for(name, setting, revision)
+        _COMMITS[key] = _asked_for(name, setting, revision, repo_type)
     return _COMMITS[key]
 
 
 def commits() -> dict[str, str]:
-    """ "owner/name@revision" -> commit, of all Hub repositories that were loaded from."""
+    """ "owner/name@revision", of data sets "datasets/owner/name@revision" -> commit, of all that was loaded from."""
     return dict(_COMMITS)
 
 
@@ -60,11 +62,11 @@ def pin(known: Mapping[str, str]) -> None:
     _COMMITS.update(known)
 
 
-def _asked_for(name: str, setting: str, revision: str | None) -> str:
+def _asked_for(name: str, setting: str, revision: str | None, repo_type: str) -> str:
     from huggingface_hub import resolve_revision
 
     try:
-        return resolve_revision(name, revision=revision).resolved
+        return resolve_revision(name, repo_type=repo_type, revision=revision).resolved
     except Exception as error:  # the Hub client, the HTTP library and offline mode share no base class
         at = "" if revision is None else f" at revision {revision}"
         reason = " ".join(str(error).split())[:400]

@@ -29,6 +29,7 @@ from finetune.config import Data
 from finetune.config_data import PACK, SHUFFLE_BUFFER_SIZE
 from finetune.errors import ConfigError, DataError
 from finetune.folder import MOST_LISTED, SPLITS, TABLES, Listing, Problem, choose_split, read_folder, scan, unsafe_path
+from finetune.pretrained import commit_of
 from finetune.shards import Shards, open_shards
 
 PATHS = (Value("string"), Value("large_string"))
@@ -45,8 +46,6 @@ class Source:
     """Real paths of the folders that image files may lie in; relative paths start at the first. None: anywhere."""
     problems: list[Problem]
     """What is wrong with it apart from its rows, such as a file that the metadata does not list."""
-    commit: str | None = None
-    """The commit of the Hub's repository that is streamed."""
     lines: list[str] | None = None
     """Where the metadata tells of each row, such as "metadata.jsonl:7"; None without metadata."""
 
@@ -100,13 +99,21 @@ def _refuse_no_id(named: str) -> None:
 
 def _from_hub(data: Data, named: str) -> Source:
     try:
-        dataset = load_dataset(named, data.dataset_config_name, revision=data.revision, split=data.split)
+        dataset = load_dataset(named, data.dataset_config_name, revision=_commit(data, named), split=data.split)
     except Exception as error:  # datasets, the Hub client, httpx and pyarrow share no base class
         raise DataError(
             f"data.dataset_name {named} is not a local path, and cannot be loaded from the Hub (split {data.split}): "
             f"{type(error).__name__}: {error}"
         ) from error
     return Source(name=named, dataset=_one_split(dataset, named, data.split), folders=_caches(), problems=[])
+
+
+def _commit(data: Data, named: str) -> str | None:
+    """The commit that the data's revision is at, by which a resumed run goes on with the files that it began with."""
+    try:
+        return commit_of(named, setting="data.dataset_name", revision=data.revision, repo_type="dataset")
+    except ConfigError:  # without a connection `datasets` has caches of its own, and else says what is wrong
+        return data.revision
 
 
 def _caches() -> tuple[str, ...]:
@@ -118,7 +125,7 @@ def _caches() -> tuple[str, ...]:
 def _stream_hub(data: Data, named: str) -> Source:
     """The shards of a split at the commit that the revision means now: `datasets` says which files these are."""
     try:
-        builder = load_dataset_builder(named, data.dataset_config_name, revision=data.revision)
+        builder = load_dataset_builder(named, data.dataset_config_name, revision=_commit(data, named))
     except Exception as error:  # as in _from_hub
         raise DataError(
             f"data.dataset_name {named} is not a local path, and cannot be opened on the Hub: "
@@ -129,14 +136,14 @@ def _stream_hub(data: Data, named: str) -> Source:
         raise DataError(
             f"{named} has no split {data.split!r} (data.split) that can be streamed; it has: {', '.join(files)}"
         )
-    addresses = [re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/.+\.parquet", url) for url in files[data.split]]
+    addresses = [re.match(r"hf://datasets/[^@]+@[0-9a-f]{40}/.+\.parquet", url) for url in files[data.split]]
     if not all(addresses):
         raise DataError(
             f"{named} is not made of Parquet files on the Hub, which data.streaming reads: set data.revision "
             "refs/convert/parquet, the Hub's own conversion, if it has one; or remove data.streaming"
         )
     shards = open_shards(files[data.split], buffer_size=_buffer_size(data), declared=builder.info.features)
-    return Source(name=named, dataset=shards, folders=_caches(), problems=[], commit=addresses[0][1])
+    return Source(name=named, dataset=shards, folders=_caches(), problems=[])
 
 
 def _stream_path(path: Path, data: Data) -> Source:
