@@ -96,8 +96,7 @@ def is_stopped():
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-@pytest.mark.parametrize("rank", [1])
-def test_one_process_of_two(tmp_path, reference, what, seconds, words, rank):
+def test_one_process_of_two(tmp_path, reference, what, seconds, words):
     cfg = config(tmp_path / "run", train=SHORT, checkpoint={"checkpointing_steps": 100})
 
     def marked():
@@ -105,7 +104,7 @@ def test_one_process_of_two(tmp_path, reference, what, seconds, words, rank):
             (tmp_path / "moment").write_text(str(time.time()))
         what()
 
-    codes, ends = zip(*ended(cfg, spoiled(3, marked, rank)), strict=True)
+    codes, ends = zip(*ended(cfg, spoiled(3, marked)), strict=True)
     assert codes[0] == 1 and codes[1] not in (0, None), log(cfg)
     moment = float((tmp_path / "moment").read_text())
     assert ends[0] - moment < seconds + 1, "a second more than wanted, for machines that are busy"
@@ -116,6 +115,20 @@ def test_one_process_of_two(tmp_path, reference, what, seconds, words, rank):
         assert log(cfg).count("no progress for ") == 2 and "in hangs" in log(cfg)
         assert "process 1 of 2, step 4, rows " in log(cfg)
     assert state(cfg, 3), "the steps that were whole are saved, although no checkpoint was due"
+    assert run(cfg, processes=2) == [0, 0], log(cfg)
+    assert state(cfg, STEPS) == reference
+
+
+@pytest.mark.parametrize("what", [raises, is_killed])
+def test_the_main_process_of_two(tmp_path, reference, what):
+    """It holds the store by which processes tell of themselves; what it has not saved when killed is done again."""
+    cfg = config(tmp_path / "run", train=SHORT, checkpoint={"checkpointing_steps": 2})
+    start = time.time()
+    codes, ends = zip(*ended(cfg, spoiled(3, what, rank=0)), strict=True)
+    assert codes == ((1 if what is raises else -signal.SIGKILL), 1), log(cfg)
+    assert max(ends) - min(ends) < 4 and max(ends) - start < 30
+    assert "process 0" in log(cfg)
+    assert state(cfg, 3 if what is raises else 2)
     assert run(cfg, processes=2) == [0, 0], log(cfg)
     assert state(cfg, STEPS) == reference
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from finetune.objective import build_objective
+from finetune.meter import Meter
+from finetune.objective import LossTerms, build_objective
 from finetune.tracking import Tracker
 from finetune.trainer import Trainer
 from forked import last_step, log, metrics, run, state
@@ -60,6 +62,27 @@ def test_files_and_numbers_of_a_run(tmp_path):
     assert facts["data_fingerprint"] and facts["versions"]["torch"] == torch.__version__
 
 
+def test_speed_is_that_of_steps_alone(tmp_path, monkeypatch):
+    """What lies between them, such as saving, does not count; waiting for samples does."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def passes(seconds):
+        now[0] += seconds
+
+    meter = Meter(Accelerator(cpu=True), build_objective(config(tmp_path).objective, clip_sample=True))
+    terms = LossTerms(per_sample=torch.ones(4), weight=torch.ones(4), level=torch.zeros(4), terms={})
+    batches = meter.waiting(iter(lambda: passes(1.0) or 0, None))
+    for _ in range(2):
+        next(batches)
+        passes(3.0)
+        meter.add(terms)
+        meter.commit(1.0)
+        passes(50.0)
+    speed = meter.read()
+    assert speed["images_per_second"] == pytest.approx(8 / 8) and speed["data_wait"] == pytest.approx(2 / 8)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk without space is Linux's /dev/full")
 def test_a_full_disk_costs_pictures_but_not_the_training(tmp_path):
     sample = {"num_images": 2, "num_inference_steps": 2, "sample_every": 4}
@@ -67,7 +90,7 @@ def test_a_full_disk_costs_pictures_but_not_the_training(tmp_path):
         cfg = config(tmp_path / f"run{last}", sample=sample, train={"max_train_steps": last})
         samples = Path(cfg.output_dir) / "samples"
         samples.mkdir(parents=True)
-        (samples / "step-00000004.png").symlink_to("/dev/full")
+        (samples / "step-00000004.tmp").symlink_to("/dev/full")
         assert run(cfg) == codes, log(cfg)
         assert "No space left on device" in log(cfg) and last_step(cfg) == last
     assert (tmp_path / "run9" / "samples" / "step-00000009.png").stat().st_size > 100

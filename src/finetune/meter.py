@@ -25,6 +25,7 @@ class Meter:
         self._accelerator, self._objective = accelerator, objective
         self._step: list[dict[str, Tensor]] = []
         self._grad_norm = math.nan
+        self._began: float | None = None
         self._restart()
 
     @torch.no_grad()
@@ -44,17 +45,24 @@ class Meter:
         for sums in self._step:
             for name, value in sums.items():
                 self._interval[name] = self._interval.get(name, 0) + value
-        self._step = []
         self._grad_norm = grad_norm
+        self._end_step()
 
     def discard(self) -> None:
         """The step was not taken: it does not count."""
+        self._end_step()
+
+    def _end_step(self) -> None:
         self._step = []
+        if self._began is not None:
+            self._spent += time.perf_counter() - self._began
+        self._began = None
 
     def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
         """The same items; the time spent on waiting for them is measured."""
         while True:
             start = time.perf_counter()
+            self._began = self._began or start  # a step begins with its first batch
             item = next(items, None)
             self._waited += time.perf_counter() - start
             if item is None:
@@ -63,18 +71,20 @@ class Meter:
 
     def read(self) -> dict[str, float | None]:
         """Means over all processes since the last call: loss, each term, loss_q0..3 (by quarter of the noise levels,
-        least noise first; None where no sample fell), grad_norm, images_per_second, data_wait (share of the time)."""
+        least noise first; None where no sample fell), grad_norm, images_per_second, data_wait (share of the time).
+
+        The time is that of steps: drawing and saving between them do not count.
+        """
         names = list(self._interval)
         sums = torch.stack([self._interval[name].float() for name in names])
         total = dict(zip(names, self._accelerator.reduce(sums, "sum").tolist(), strict=True))
-        elapsed = time.perf_counter() - self._start
         means = {name: total[name] / total["count"] for name in names if not name.startswith(("count", "loss_q"))}
         for q in range(4):
             means[f"loss_q{q}"] = total[f"loss_q{q}"] / total[f"count_q{q}"] if total[f"count_q{q}"] else None
-        speed = {"images_per_second": total["count"] / elapsed, "data_wait": self._waited / elapsed}
+        speed = {"images_per_second": total["count"] / self._spent, "data_wait": self._waited / self._spent}
         self._restart()
         return means | {"grad_norm": self._grad_norm} | speed
 
     def _restart(self) -> None:
         self._interval: dict[str, Tensor] = {}
-        self._start, self._waited = time.perf_counter(), 0.0
+        self._spent = self._waited = 0.0

@@ -179,7 +179,8 @@ def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, shown: 
         images, columns = triples(small, images, shown.pixel_values), 6
         labels = [text for label in labels or [""] * len(small) for text in ("small", label or "drawn", "truth")]
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid(images, labels, columns=columns).save(path)
+    grid(images, labels, columns=columns).save(path.with_suffix(".tmp"), format="PNG")
+    path.with_suffix(".tmp").replace(path)  # a picture that is there is whole
 
 
 def columns_for(labels: Sequence[str] | None) -> int | None:

@@ -40,6 +40,12 @@ class Saver:
         self._copies: dict[str, dict[str, Tensor]] = {}
         self._missed = 0
 
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()  # an error elsewhere must not cut short the checkpoint that is being written
+
     def tidy(self) -> None:
         """Delete what an interrupted run left, and the checkpoints that need not be kept. Before the first save."""
         if self._root.is_dir():

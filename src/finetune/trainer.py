@@ -141,6 +141,7 @@ class Trainer:
             self.saver.tidy()
         meter, timeout = Meter(self.accelerator, self.objective), 60 * cfg.train.timeout_minutes
         with (
+            self.saver,
             Watchdog(timeout, lambda: whereabouts(self)) as watchdog,
             contextlib.closing(tracker),
             contextlib.closing(patiently(self.loader(), timeout)) as loaded,
@@ -199,11 +200,11 @@ class Trainer:
             self.optimizer.step()
             self.state.step += 1
             self.state.nonfinite_in_a_row = 0
-            meter.commit(grad_norm)
             for each in taken_in:
                 self.objective.update(each.terms, self.accelerator.gather)
             if self.ema:
                 self.ema.step()
+            meter.commit(grad_norm)
         else:
             if self.accelerator.scaler:
                 self.accelerator.scaler.update()  # fp16: lowers the scale of the loss
