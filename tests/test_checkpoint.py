@@ -189,3 +189,16 @@ def test_one_of_another_version_is_refused_and_not_taken_for_broken(tmp_path, mo
     with pytest.raises(CheckpointError, match="has the format 1 of another version of finetune; this one reads 2"):
         checkpoint.latest(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_one_that_cannot_be_read_is_not_taken_for_broken(tmp_path, monkeypatch):
+    """A network file system may be away for a moment."""
+    write(tmp_path, 4), write(tmp_path, 5)
+
+    def away(file):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="step-00000005 cannot be read"):
+        patch.setattr(checkpoint, "crc_of", away)
+        checkpoint.latest(tmp_path)
+    assert checkpoint.latest(tmp_path).step == 5

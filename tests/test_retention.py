@@ -3,11 +3,15 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import forked
+import tiny
 from finetune import checkpoint, retention
 from finetune.config import Checkpoint
+from finetune.errors import ConfigError
 from finetune.saving import Saver
 from test_checkpoint import parts_of
 
@@ -15,11 +19,10 @@ KEEP_2 = Checkpoint(checkpointing_steps=1)
 
 
 def saved(tmp_path, cfg, losses):
-    """Save at steps 1, 2, ... with the loss of metrics.jsonl at each; returns the steps that stay."""
+    """Save at steps 1, 2, ... with the loss that was logged at each; returns the steps that stay."""
     saver = Saver(tmp_path, cfg)
     for step, loss in enumerate(losses, 1):
-        with (tmp_path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "loss": loss, "note": "text"}) + "\n")
+        saver.note({"loss": loss, "note": "text"})
         saver.save(parts_of(float(step)), {"step": step}, required=True)
     return steps(tmp_path)
 
@@ -49,9 +52,43 @@ def test_newest_milestones_and_best_stay(tmp_path, settings, stay):
     assert retention.best(root, "accuracy") is None
 
 
-def test_a_metric_that_is_not_there_is_said(tmp_path, caplog):
-    assert saved(tmp_path, replace(KEEP_2, best_metric="los"), [3, 2, 1]) == [2, 3]
-    assert "checkpoint.best_metric los: the last line of metrics.jsonl has only step, loss" in caplog.text
+def test_a_metric_that_is_not_there_is_refused_when_the_first_line_is_logged(tmp_path):
+    with pytest.raises(ConfigError, match="checkpoint.best_metric: 'los' is no number .*; choose from loss"):
+        saved(tmp_path, replace(KEEP_2, best_metric="los"), [3, 2, 1])
+    cfg = tiny.config(tmp_path / "run", checkpoint={"checkpointing_steps": 1, "best_metric": "lss"})
+    assert forked.run(cfg) == [2] and "choose from epoch, samples_seen, loss, " in forked.log(cfg)
+
+
+def test_the_best_is_known_to_a_resume_that_has_logged_nothing_yet(tmp_path):
+    checkpointing = {"checkpointing_steps": 1, "checkpoints_total_limit": 9, "best_metric": "loss"}
+    straight, stopped = (
+        tiny.config(tmp_path / name, checkpoint=checkpointing, tracking={"log_every": 4}) for name in ("one", "two")
+    )
+    assert forked.run(straight) == [0], forked.log(straight)
+    there, here = (Path(cfg.output_dir) / "checkpoints" for cfg in (straight, stopped))
+    shutil.copytree(there / "step-00000004", here / "step-00000004")  # the last at which a line was logged
+    assert forked.run(stopped) == [0], forked.log(stopped)
+
+    def kept(root, step):
+        return checkpoint.load(root / f"step-{step:08d}").state["best_metric"]
+
+    assert kept(there, 3) == {}
+    assert kept(here, 5) == kept(there, 5) == kept(there, 4) != kept(there, 8)
+    assert kept(here, 8) == kept(there, 8)
+
+
+def test_what_cannot_be_judged_is_left_alone(tmp_path):
+    """Damage in an older checkpoint, or one of another version, does not end a run whose newest is whole."""
+    assert saved(tmp_path, replace(KEEP_2, checkpoints_total_limit=4), [4, 3, 2, 1]) == [1, 2, 3, 4]
+    older = tmp_path / "checkpoints" / "step-00000002" / "state.json"
+    older.write_bytes(b"\xff" + older.read_bytes()[1:])
+    manifest = tmp_path / "checkpoints" / "step-00000001" / "manifest.json"
+    body = json.loads(manifest.read_text()) | {"format": 1}
+    del body["checksum"]
+    manifest.write_text(json.dumps({**body, "checksum": checkpoint._checksum(body)}))
+    retention.tidy(tmp_path / "checkpoints", KEEP_2)
+    assert steps(tmp_path) == [1, 3, 4]
+    assert retention.best(tmp_path / "checkpoints", "loss") is None
 
 
 def test_milestones_are_steps_that_are_saved():

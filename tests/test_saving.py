@@ -361,3 +361,25 @@ def test_the_lock_of_a_killed_run_is_free_although_its_children_live(tmp_path):
     finally:
         os.kill(child, 9)
         os.close(reader), os.close(writer)
+
+
+def test_an_output_dir_that_is_renamed_is_not_made_anew(tmp_path):
+    """The new folder of the old name would have neither the lock nor the checkpoints of the run."""
+
+    def renamed(cfg):
+        trainer = Trainer(cfg)
+        step = trainer.train_step
+
+        def train_step(batches, meter):
+            taken = step(batches, meter)
+            if trainer.step == 3:
+                Path(cfg.output_dir).rename(tmp_path / "elsewhere")
+            return taken
+
+        trainer.train_step = train_step
+        trainer.fit()
+
+    cfg = tiny.config(tmp_path / "run", tracking={"log_every": 100})
+    assert forked.run(cfg, body=renamed) == [1]
+    assert "was moved or replaced while the run used it" in forked.log(cfg)
+    assert names(tmp_path / "elsewhere") == ["step-00000002"] and not (tmp_path / "run" / "checkpoints").exists()

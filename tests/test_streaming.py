@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -49,9 +50,13 @@ def digits(tmp_path_factory) -> Path:
     return folder
 
 
-def write_shards(folder: Path) -> None:
+def write_shards(folder: Path, *, spoiled: Sequence[int] = ()) -> None:
+    """spoiled: numbers of rows whose image is none."""
     table = pq.read_table(ROOT / "assets" / "digits" / "train.parquet").slice(0, sum(map(sum, GROUPS)))
-    first = 0
+    rows = table.to_pylist()
+    for number in spoiled:
+        rows[number]["image"]["bytes"] = b"no image"
+    table, first = pa.Table.from_pylist(rows, schema=table.schema), 0
     for number, groups in enumerate(GROUPS):
         with pq.ParquetWriter(folder / f"train-{number:05d}.parquet", table.schema) as writer:
             for count in groups:
@@ -171,13 +176,29 @@ def test_the_number_of_processes_may_change(tmp_path, digits):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["lr"] == b["lr"]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bad_images_inside_shards_are_replaced_alike_at_a_resume(tmp_path, reference, processes):
+    """Row 2 is among those that are read before the training, row 20 is not."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_shards(folder, spoiled=[2, 20])
+    assert 4 in run(streamed(tmp_path / "error", folder), processes=processes, seconds=60)
+    straight, stopped = (streamed(tmp_path / name, folder, data={"on_error": "skip"}) for name in ("one", "two"))
+    assert run(straight, processes=processes) == [0] * processes, log(straight)
+    run(stopped, processes=processes, stop=(4, signal.SIGKILL))
+    assert run(stopped, processes=processes) == [0] * processes, log(stopped)
+    assert state(stopped, STEPS) == state(straight, STEPS)
+    assert state(straight, STEPS) != state(reference(processes), STEPS), "negative control: the rows mattered"
+    assert log(straight).count("of " + str(folder / "train-00003.parquet")) in range(1, processes + 1)
+
+
 def test_a_changed_order_or_changed_shards_are_another_run(tmp_path, digits):
     train = {"max_train_steps": 2, "global_batch_size": 8}
     cfg = streamed(tmp_path / "run", digits, train=train)
     assert run(cfg) == [0], log(cfg)
-    assert run(streamed(tmp_path / "run", digits, data={"shuffle_buffer_size": 30})) == [1]
+    assert run(streamed(tmp_path / "run", digits, data={"shuffle_buffer_size": 30})) == [2]
     assert "data.shuffle_buffer_size: 60 -> 30" in log(cfg)
-    assert run(streamed(tmp_path / "run", digits, data={"max_train_samples": 20})) == [1]
+    assert run(streamed(tmp_path / "run", digits, data={"max_train_samples": 20})) == [2]
     assert "data.content: " in log(cfg)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import time
 from dataclasses import replace
@@ -107,6 +108,26 @@ def test_a_full_disk_costs_lines_of_metrics_but_not_the_training(tmp_path, caplo
     lines.unlink()
     tracker.log({"loss": 2.0}, step=2)
     assert json.loads(lines.read_text()) == {"step": 2, "loss": 2.0}
+    assert "metrics.jsonl is written again from step 2" in caplog.text
+
+
+def test_a_line_of_metrics_is_whole_or_absent(tmp_path, monkeypatch):
+    """The disk takes a part of a line, then nothing, then has space again."""
+    tracker = Tracker(Accelerator(cpu=True), config(tmp_path / "run"), resumed_step=0)
+    (tmp_path / "run").mkdir()
+    tracker.log({"loss": 1.0}, step=1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, limit[1]))  # bytes: in the middle of the second line
+        tracker.log({"loss": 2.0}, step=2)
+        tracker.log({"loss": 3.0}, step=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    tracker.log({"loss": 4.0}, step=4)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 4]
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):

@@ -119,7 +119,7 @@ def latest(root: Path, *, set_aside: bool = True) -> Checkpoint | None:
     """
     problems = []
     for path in reversed(folders(root)):
-        found = problem(path)
+        found = _readable_problem(path)
         if found is None:
             return _open(path)
         problems.append(f"{path}: {found}")
@@ -149,7 +149,7 @@ def load(path: Path, *, what: str = "resume_from_checkpoint") -> Checkpoint:
     """
     if not path.is_dir():
         raise CheckpointError(f"{what}: {path} is no folder; give one such as .../step-00001000")
-    if found := problem(path):
+    if found := _readable_problem(path):
         raise CheckpointError(f"{what}: {path} is not a whole checkpoint: {found}")
     return _open(path)
 
@@ -168,7 +168,8 @@ def step_of(path: Path) -> int:
 def problem(path: Path, *, contents: bool = True) -> str | None:
     """Why the folder is not a whole checkpoint, or None. contents: compare checksums too, which reads all of it.
 
-    Raises CheckpointError for one of another version of this toolkit: it is not broken, and must not be set aside.
+    Raises CheckpointError for one of another version of this toolkit, and OSError where the storage gives no answer:
+    neither is broken, and must not be set aside.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -192,11 +193,20 @@ def problem(path: Path, *, contents: bool = True) -> str | None:
                 return f"{name} does not match its checksum"
     except FileNotFoundError:
         return "manifest.json is missing"
-    except OSError as error:
-        return f"it cannot be read ({error})"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read ({type(error).__name__})"
     return None
+
+
+def _readable_problem(path: Path) -> str | None:
+    """As `problem`; raises CheckpointError if it cannot be told."""
+    try:
+        return problem(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): see to the storage or the permissions, and start again; or rename it "
+            "to go on from the one before"
+        ) from error
 
 
 def quarantine(path: Path) -> None:

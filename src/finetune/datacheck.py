@@ -227,4 +227,4 @@ def refuse_or_warn(problems: list[Problem], source: str, rules: Data) -> None:
             f"{explain(problems, source)}\nRepair or remove them, or leave them out with data.on_error skip"
         )
     if problems:
-        logger.warning("%s\nThey are left out (data.on_error skip).", explain(problems, source))
+        logger.warning("%s\nThey are not trained on (data.on_error skip).", explain(problems, source))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import DistError
 
-from finetune.errors import NonFiniteError, Preempted, ProcessError
+from finetune.errors import CheckpointError, NonFiniteError, Preempted, ProcessError
 from finetune.objective import LossTerms
 from finetune.signals import SIGNALS, preempted
 
@@ -35,7 +35,7 @@ def losing_nothing(trainer: Trainer) -> Iterator[None]:
     """
     try:
         yield
-    except (Preempted, NonFiniteError):
+    except (Preempted, NonFiniteError, CheckpointError):
         raise  # agreed by all processes, and saved or final
     except Exception as error:
         signal = SIGNALS.received

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from finetune import checkpoint
 from finetune.checkpoint import Checkpoint
 from finetune.config import TrainConfig
-from finetune.config_tree import SETTINGS
+from finetune.config_tree import SETTINGS, nearest
 from finetune.data_changes import changes as changes_of_rows
 from finetune.errors import CheckpointError, ConfigError, DataError
 from finetune.identity import Changes, changes, rule_of, run_settings
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from finetune.trainer import Trainer
 
 
+SPLIT = ("num_processes", "accumulation", "micro_batch")
+"""How the global batch is split, by the names of `RunFacts.machine`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """What a checkpoint keeps of the run that wrote it, to be compared with the one that goes on; of JSON's types."""
@@ -32,7 +36,8 @@ class RunFacts:
     settings: Mapping[str, Any]
     """See `identity.run_settings`."""
     machine: Mapping[str, Any]
-    """What rounding depends on: device, threads, versions, kernels, how the global batch is split."""
+    """What rounding depends on: device, threads, versions, kernels, how the global batch is split; and whether the UNet
+    has dropout, of which torch draws one mask per micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,10 @@ def check_allowed(allow: Collection[str]) -> None:
     for one in allow:
         rules = {rule_of(name) for name in known if name == one or name.startswith(f"{one}.")}
         if not rules:
+            meant = f"did you mean {found}? Otherwise " if (found := nearest(one)) else ""
             raise ConfigError(
-                f"allow_change: there is no setting {one!r}; name one such as optimizer.learning_rate, a whole section "
-                "such as optimizer, or data.content for the images, captions and labels themselves"
+                f"allow_change: there is no setting {one!r}; {meant}name one such as optimizer.learning_rate, a whole "
+                "section such as optimizer, or data.content for the images, captions and labels themselves"
             )
         if rules == {"fixed"}:
             raise ConfigError(f"allow_change: {one} cannot change within a run; choose another output_dir")
@@ -78,7 +84,7 @@ def as_the_run_began(data: TrainData, found: Checkpoint | None, accelerator: Acc
         began = found.tensors("data")["digests"].numpy()
     else:
         [began] = broadcast_object_list([data.digests])
-    if data.rules.on_error == "skip" and changes_of_rows(began, data.digests).only_unusable:
+    if len(data.digests) and data.rules.on_error == "skip" and changes_of_rows(began, data.digests).only_unusable:
         data = data.with_order_of(began)
     if len(set(gather_object([data.fingerprint]))) > 1:
         raise DataError(
@@ -91,7 +97,7 @@ def as_the_run_began(data: TrainData, found: Checkpoint | None, accelerator: Acc
 def run_facts_of(trainer: Trainer) -> RunFacts:
     """What a checkpoint of `trainer` keeps of its run."""
     cfg, facts = trainer.cfg, run_facts(trainer.cfg)
-    split = {"accumulation": trainer.accumulation, "micro_batch": trainer.micro_batch}
+    split = dict(zip(SPLIT[1:], (trainer.accumulation, trainer.micro_batch), strict=True))
     kernels = {name: getattr(cfg.train, name) for name in ("channels_last", "compile", "gradient_checkpointing")}
     return RunFacts(
         settings=run_settings(
@@ -101,23 +107,21 @@ def run_facts_of(trainer: Trainer) -> RunFacts:
             mixed_precision=trainer.accelerator.mixed_precision,
             fingerprint=trainer.data.content,
         ),
-        machine=facts["versions"] | facts["environment"] | split | kernels,
+        machine=facts["versions"] | facts["environment"] | split | kernels | {"dropout": trainer.has_dropout},
     )
 
 
 def resume(trainer: Trainer, found: Checkpoint) -> Resumed:
     """Take over a checkpoint, if it is of this run.
 
-    Raises CheckpointError if it is of another run, changed in what cfg.allow_change does not name, past the end of this
-    run, or older than one that stands in output_dir.
+    Raises ConfigError if it is of another run, changed in what cfg.allow_change does not name, or past the end of this
+    run; CheckpointError if it is older than one that stands in output_dir, or of another network.
     """
     cfg, now = trainer.cfg, run_facts_of(trainer)
     then = RunFacts(settings=found.state["settings"], machine=found.state["machine"])
     differ = changes(then.settings, now.settings, allow=cfg.allow_change)
     if differ.fixed or differ.asked:
-        rows = changes_of_rows(found.tensors("data")["digests"].numpy(), trainer.data.digests)
-        told = f"\nThe data: {rows.text(trainer.data.name)}." if rows and "data.content" in differ.asked else ""
-        raise CheckpointError(_refusal(found.path, differ, then, now) + told)
+        raise ConfigError(_refusal(found.path, differ, then, now) + _rows_in_words(found, trainer.data, differ))
     root = Path(cfg.output_dir) / "checkpoints"
     if found.step < (newest := checkpoint.newest_step(root) or 0):
         raise CheckpointError(
@@ -125,19 +129,24 @@ def resume(trainer: Trainer, found: Checkpoint) -> Resumed:
             "the setting out; to go back, move the newer ones away."
         )
     if found.step > trainer.steps:
-        raise CheckpointError(
+        raise ConfigError(
             f"{found.path} is past the end of the run, which has {trainer.steps} steps: raise train.max_train_steps "
             "(or num_train_epochs), or choose another output_dir"
         )
     trainer.state.load(found)
+    if cfg.checkpoint.best_metric in found.state.get("best_metric", ()):
+        trainer.saver.note(found.state["best_metric"])
     return Resumed(found, _lines([*differ.allowed, *differ.free], then, now), _promise(differ, then, now))
 
 
 def _refusal(path: Path, differ: Changes, then: RunFacts, now: RunFacts) -> str:
     if differ.fixed:
+        also = ["besides, what is allowed only by allow_change:"] if differ.asked else []
         return "\n".join([
             f"{path} belongs to another run; it was saved with other settings, which cannot change within a run:",
             *_lines(differ.fixed, then, now),
+            *also,
+            *_lines(differ.asked, then, now),
             "Set them back, or choose another output_dir for the new run.",
         ])  # fmt: skip
     return "\n".join([
@@ -146,6 +155,15 @@ def _refusal(path: Path, differ: Changes, then: RunFacts, now: RunFacts) -> str:
         f"Set them back; or go on with the new ones by --allow_change {' '.join(differ.asked)}; or choose another "
         "output_dir for a new run.",
     ])  # fmt: skip
+
+
+def _rows_in_words(found: Checkpoint, data: TrainData, differ: Changes) -> str:
+    """Which rows are other ones, where that is not because other data or other rows of them were asked for."""
+    names = [*differ.fixed, *differ.asked, *differ.allowed, *differ.free]
+    rows = changes_of_rows(found.tensors("data")["digests"].numpy(), data.digests)
+    if not rows or [name for name in names if name.startswith("data.")] != ["data.content"]:
+        return ""
+    return f"\nThe data: {rows.text(data.name)}."
 
 
 def _lines(names: list[str], then: RunFacts, now: RunFacts) -> list[str]:
@@ -158,6 +176,8 @@ def _promise(differ: Changes, then: RunFacts, now: RunFacts) -> str:
     reasons = list(_other_rounding(then.machine, now.machine))
     if not reasons:
         return "bit for bit"
+    if now.machine["dropout"] and any(then.machine.get(name) != now.machine.get(name) for name in SPLIT):
+        return f"with the same samples, noise and learning rates, but other masks of dropout ({'; '.join(reasons)})"
     return f"with the same samples, noise and learning rates, rounded differently ({'; '.join(reasons)})"
 
 

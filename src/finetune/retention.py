@@ -10,6 +10,7 @@ from pathlib import Path
 
 from finetune.checkpoint import folders, problem, step_of
 from finetune.config import Checkpoint as Kept
+from finetune.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ def tidy(root: Path, kept: Kept) -> None:
     Only for the run that holds the lock of its output_dir, and while nothing is being written. Those newer than the
     newest whole one stay for `checkpoint.latest` to judge. A deletion that fails is a warning, and is tried again.
     """
-    there = folders(root)
+    there = [path for path in folders(root) if _ours(path)]
     # By manifest and sizes: the newest was read back when it was written, and is again when it is resumed from.
     whole = [path for path in there if problem(path, contents=False) is None]
     stay = {*whole[-kept.checkpoints_total_limit :], *_milestones(whole, kept.milestone_steps)}
@@ -40,7 +41,10 @@ def best(root: Path, metric: str | None) -> Path | None:
 
     None if none has a finite one.
     """
-    values = {path: _value(path, metric) for path in folders(root) if problem(path, contents=False) is None}
+    if metric is None:
+        return None
+    there = filter(_ours, folders(root))
+    values = {path: _value(path, metric) for path in there if problem(path, contents=False) is None}
     finite = [path for path, value in values.items() if value is not None and math.isfinite(value)]
     return min(finite, key=lambda path: values[path], default=None)
 
@@ -58,5 +62,17 @@ def _milestones(whole: list[Path], every: int | None) -> list[Path]:
     return [path for path in whole if every is not None and step_of(path) % every == 0]
 
 
-def _value(path: Path, metric: str | None) -> float | None:
-    return json.loads((path / "state.json").read_text()).get("best_metric", {}).get(metric)
+def _value(path: Path, metric: str) -> float | None:
+    try:
+        return json.loads((path / "state.json").read_text()).get("best_metric", {}).get(metric)
+    except ValueError:  # damaged within its size
+        return None
+
+
+def _ours(path: Path) -> bool:
+    """Whether a checkpoint can be judged: one of another version, or one that cannot be read now, is left alone."""
+    try:
+        problem(path, contents=False)
+        return True
+    except (OSError, CheckpointError):
+        return False

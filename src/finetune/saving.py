@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from finetune import checkpoint
 from finetune.config import Checkpoint as CheckpointConfig
-from finetune.errors import CheckpointError, NonFiniteError
+from finetune.errors import CheckpointError, ConfigError, NonFiniteError
 from finetune.processes import largest
 from finetune.retention import tidy
 
@@ -34,7 +33,9 @@ class Saver:
 
     def __init__(self, output_dir: Path, cfg: CheckpointConfig) -> None:
         """Touches nothing yet: several processes may have one."""
-        self._root, self._metrics, self._cfg = output_dir / "checkpoints", output_dir / "metrics.jsonl", cfg
+        self._root, self._cfg = output_dir / "checkpoints", cfg
+        self._folder: int | None = None
+        self._best_metric: dict[str, float] = {}
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: tuple[int, Future[None]] | None = None
         self._copies: dict[str, dict[str, Tensor]] = {}
@@ -48,8 +49,22 @@ class Saver:
 
     def tidy(self) -> None:
         """Delete what an interrupted run left, and the checkpoints that need not be kept. Before the first save."""
+        self._folder = self._root.parent.stat().st_ino
         if self._root.is_dir():
             tidy(self._root, self._cfg)
+
+    def note(self, numbers: Mapping[str, Any]) -> None:
+        """What was logged last, of which each checkpoint keeps checkpoint.best_metric.
+
+        Raises ConfigError if that is no number of it.
+        """
+        name = self._cfg.best_metric
+        if name is None:
+            return
+        if not isinstance(numbers.get(name), int | float):
+            known = ", ".join(key for key, value in numbers.items() if isinstance(value, int | float))
+            raise ConfigError(f"checkpoint.best_metric: {name!r} is no number of metrics.jsonl; choose from {known}")
+        self._best_metric = {name: numbers[name]}
 
     def save(self, parts: Parts, state: Mapping[str, Any], *, required: bool) -> None:
         """Write a checkpoint of this moment, of which state["step"] is the step; then delete the older ones.
@@ -59,15 +74,16 @@ class Saver:
         required, and fails at the next call. Waits for the one before in any case.
         """
         self.wait()
-        state = {**state, **self._best_metric()}
+        self._require_same_folder()
+        state = {**state, "best_metric": self._best_metric}
         if self._cfg.asynchronous and not required and self._fits_memory(parts):
             self._in_flight = state["step"], self._background.submit(self._write, self._copy(parts), state)
         else:
             self._attempt(state["step"], lambda: self._write(parts, state), required=required)
         if self._missed >= MOST_MISSED:
             raise CheckpointError(
-                f"{self._missed} checkpoints in a row could not be written, the last failure is above. The older ones "
-                f"in {self._root} are whole: free some space, then the same command goes on from the newest."
+                f"{self._missed} checkpoints in a row could not be written, the last failure is above. What "
+                f"{self._root} holds is whole: free some space, then the same command goes on from the newest."
             )
 
     def wait(self) -> None:
@@ -81,6 +97,15 @@ class Saver:
             log.info("waited %.1f s for the checkpoint of step %d", time.perf_counter() - start, step)
         self._attempt(step, future.result, required=False)
 
+    def _require_same_folder(self) -> None:
+        """Raise CheckpointError if output_dir was renamed: a new one of its name has neither lock nor checkpoints."""
+        folder = self._root.parent
+        if self._folder is not None and (not folder.exists() or folder.stat().st_ino != self._folder):
+            raise CheckpointError(
+                f"output_dir {folder} was moved or replaced while the run used it; its checkpoints are whole. Start "
+                "again with output_dir where it is now"
+            )
+
     def _attempt(self, step: int, write: Callable[[], None], *, required: bool) -> None:
         try:
             write()
@@ -88,7 +113,7 @@ class Saver:
         except OSError as error:
             if required:
                 raise CheckpointError(
-                    f"the checkpoint of step {step} could not be written ({error}). The older ones in {self._root} are "
+                    f"the checkpoint of step {step} could not be written ({error}). What {self._root} holds is "
                     "whole: free some space, then the same command goes on from the newest."
                 ) from error
             self._missed += 1
@@ -97,19 +122,6 @@ class Saver:
     def _write(self, parts: Parts, state: Mapping[str, Any]) -> None:
         checkpoint.save(self._root, parts=parts, state=state)
         tidy(self._root, self._cfg)
-
-    def _best_metric(self) -> dict[str, Any]:
-        """What state.json says of checkpoint.best_metric: its value in the last line of metrics.jsonl."""
-        name = self._cfg.best_metric
-        if name is None:
-            return {}
-        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
-        line = json.loads(lines[-1]) if lines else {}
-        if not isinstance(line.get(name), int | float):
-            numbers = ", ".join(key for key, value in line.items() if isinstance(value, int | float)) or "none"
-            log.warning("checkpoint.best_metric %s: the last line of metrics.jsonl has only %s", name, numbers)
-            return {}
-        return {"best_metric": {name: line[name]}}
 
     def _fits_memory(self, parts: Parts) -> bool:
         """Whether the copy of `parts` has room in host memory; once it had, its memory is used again."""

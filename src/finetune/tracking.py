@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from finetune.config import Tracking, TrainConfig
-from finetune.errors import ConfigError, surviving
+from finetune.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class Tracker:
         """Opens the files; lines of metrics.jsonl after `resumed_step` are of steps that will be done again, and go."""
         self._accelerator = accelerator
         self._path = Path(cfg.output_dir) / "metrics.jsonl"
-        self._broken = False
+        self._broken = self._missing = False
         if not accelerator.is_main_process:
             return
         if self._path.exists():
@@ -58,8 +61,15 @@ class Tracker:
         """One line for this optimizer step. Values are numbers, strings or None."""
         if not self._accelerator.is_main_process:
             return
-        with surviving(f"line of metrics.jsonl at step {step}", required=False), self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            _append(self._path, json.dumps({"step": step, **values}) + "\n")
+            if self._missing:
+                log.warning("metrics.jsonl is written again from step %d", step)
+            self._missing = False
+        except OSError as error:  # such as a full disk
+            if not self._missing:
+                log.warning("no line of metrics.jsonl at step %d (%s), nor of the next until it works", step, error)
+            self._missing = True
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
         self._guarded(self._accelerator.log, numbers, step=step)
 
@@ -100,6 +110,20 @@ def peak_memory_mb(accelerator: Accelerator) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+
+
+def _append(path: Path, line: str) -> None:
+    """All of the line or nothing of it. Raises OSError."""
+    content = line.encode()
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(content) < len(content):  # a disk that is nearly full takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 def _step(line: str) -> int:

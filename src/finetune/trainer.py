@@ -158,7 +158,8 @@ class Trainer:
                         taken = self.train_step(batches, meter)
                     bar.update(self.step - bar.n)
                     if taken and self._due(cfg.tracking.log_every):
-                        tracker.log(self._log_line(meter, bar), step=self.step)
+                        tracker.log(line := self._log_line(meter, bar), step=self.step)
+                        self.saver.note(line)
                     if taken and cfg.ema.snapshot_every and self._due(cfg.ema.snapshot_every):
                         self.snapshot()  # before the checkpoint: what is resumed from has all that came before it
                     if taken and self._due(cfg.checkpoint.checkpointing_steps) and not self.stop:
@@ -251,7 +252,7 @@ class Trainer:
             return False
         try:
             self._write_checkpoint(required=True)
-        except CheckpointError as error:
+        except Exception as error:  # the error that ends the run is another one, and is told
             log.error("%s", error)
             return False
         return True
