@@ -15,4 +15,4 @@ import sys
 from finetune.cli import guarded, train
 
 if __name__ == "__main__":
-    sys.exit(guarded(train, sys.argv[1:]))
+    sys.exit(guarded(train, sys.argv[1:], last=True))

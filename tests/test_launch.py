@@ -45,6 +45,16 @@ def test_whole_run_over_two_processes(tmp_path):
     assert f"pipeline: {run}/pipeline" in output
     assert (run / "samples" / "step-00000004.png").stat().st_size > 0
     assert output.count("per micro-step") == 1  # the plan, by one process
+    assert "x 2 processes" in output and "2 x cpu" in output
+
+
+def test_two_processes_on_the_cpu_see_no_gpu(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import os; print(*(f'{k}={os.environ[k]};' for k in ('RANK', 'CUDA_VISIBLE_DEVICES')))")
+    file = ROOT / "configs" / "accelerate" / "cpu_2.yaml"
+    command = [*LAUNCH, "--config_file", str(file), "--main_process_port", "0", str(script)]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert {"RANK=0; CUDA_VISIBLE_DEVICES=-1,-1;", "RANK=1; CUDA_VISIBLE_DEVICES=-1,-1;"} == set(output.splitlines())
 
 
 def test_configuration_error_is_said_once_and_comes_first(tmp_path):
@@ -52,6 +62,7 @@ def test_configuration_error_is_said_once_and_comes_first(tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert output.count("--train.learning_rat: no such option") == 1
+    assert "local_rank: 1" in output  # of the launcher, about the second process
     assert not (tmp_path / "run").exists()
 
 

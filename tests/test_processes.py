@@ -3,6 +3,9 @@
 import os
 import re
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +16,9 @@ import forked
 from finetune import checkpoint, sample
 from finetune.errors import DataError
 from finetune.objective import build_objective
+from finetune.processes import Lifeline
 from finetune.trainer import Trainer
+from finetune.watchdog import Watchdog
 from forked import log, run, state
 from test_resume import write_images
 from tiny import config
@@ -238,3 +243,45 @@ def test_hang_in_one_process_is_shown_and_ended(tmp_path):
     ended = r"ended after \d+ s without progress \(train.timeout_minutes\): process 0 of 1, step 3, rows \d+"
     assert re.search(ended, log(cfg))
     assert "in hangs" in log(cfg)
+
+
+HELD = """
+import sys
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("asked", ["meet", "waiting", "find_gone"])
+def test_store_in_a_process_that_was_stopped(tmp_path, asked):
+    """As when torchrun itself is stopped: no call of the store returns, whether first or later in the meeting."""
+    holder = subprocess.Popen([sys.executable, "-c", HELD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    port = holder.stdout.readline().strip()
+    moment = tmp_path / "moment"
+
+    def stop():
+        os.kill(holder.pid, signal.SIGSTOP)  # holder is no child of this process
+        moment.write_text(str(time.monotonic()))
+
+    def body(_):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        lifeline = Lifeline(name="here", rank=0, processes=2, patience=0.5)
+        other = Lifeline(name="here", rank=1, processes=2, patience=0.5)
+        with Watchdog(0.5, lambda: "a test"):  # outside of a step, it must leave the timer alone
+            if asked == "waiting":
+                threading.Timer(0.5, stop).start()
+            else:
+                stop()
+            lifeline.find_gone() if asked == "find_gone" else lifeline.meet()
+        other.close()
+
+    try:
+        cfg = config(tmp_path / "run")
+        assert run(cfg, body=body, seconds=20) == [1], log(cfg)
+        assert time.monotonic() - float(moment.read_text()) < 1.2 * 0.5 + 5 + 2, log(cfg)
+        assert "Timeout (0:00:05" in log(cfg) and f" in {asked if asked == 'find_gone' else 'meet'}" in log(cfg)
+    finally:
+        holder.kill()
+        holder.communicate()

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from finetune.cli import main
 from finetune.errors import Preempted
 from finetune.signals import SIGNALS, Interrupted, preempted
 from forked import log, metrics, run, state
@@ -84,6 +85,31 @@ def test_ways_of_heeding_a_signal():
                 time.sleep(1)
         os.kill(os.getpid(), signal.SIGUSR1)  # after the interruption they are only noted
     assert isinstance(error := preempted(signal.SIGINT, 3, how="x"), Preempted) and error.exit_code == 130
+
+
+@pytest.mark.parametrize(
+    ("entry", "argv"),
+    [
+        ("import runpy; runpy.run_path('train_unet.py', run_name='__main__')", ["--help"]),
+        ("from finetune.cli import main; sys.exit(main())", ["config", "--help"]),
+    ],
+)
+def test_signal_after_the_last_command_does_not_change_how_it_ended(entry, argv):
+    late = "import atexit, sys, time; atexit.register(lambda: (print('LATE', flush=True), time.sleep(1)));"
+    command = [sys.executable, "-c", f"{late} {entry}", *argv]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = "".join(iter(child.stdout.readline, "LATE\n"))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        child.send_signal(number)
+    rest, _ = child.communicate(timeout=20)
+    assert child.returncode == 0 and not rest, output + rest
+
+
+def test_command_within_a_process_gives_the_signals_back(capsys):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with pytest.raises(SystemExit):
+        main(["ema", "--help"])
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
 
 
 def test_second_interrupt_aborts(tmp_path):

@@ -32,7 +32,10 @@ USAGE = """usage: finetune COMMAND [options]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (see finetune.errors)."""
+    """Run one command; returns the exit code (see finetune.errors).
+
+    argv: None for the command line of this process, which ends with the command.
+    """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     commands = {"train": train, "sample": _sample, "evaluate": _evaluate, "ema": _ema, "push": _push}
     commands |= {"import": _import, "sigma_data": _sigma_data, "config": _config}
@@ -42,20 +45,21 @@ def main(argv: list[str] | None = None) -> int:
     if command not in commands:
         print(f"finetune: there is no command {command!r}; choose from {', '.join(commands)}", file=sys.stderr)
         return 2
-    return guarded(commands[command], rest)
+    return guarded(commands[command], rest, last=argv is None)
 
 
-def guarded(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
+def guarded(command: Callable[[list[str]], int | None], argv: list[str], *, last: bool = False) -> int:
     """Run `command(argv)`; errors meant for the user become one message on stderr and their exit code, others 1.
 
     What is logged or raised, by whatever library, is shown without tokens and control characters.
+    last: the process ends with it; signals that come while the interpreter does are ignored.
     """
     if sys.platform == "win32":
         print("finetune runs on Linux and macOS; on Windows, use it inside WSL", file=sys.stderr)
         return 2
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported, which nothing here was yet
     _log_to_screen(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    with SIGNALS.leaving():
+    with SIGNALS.leaving(last=last):
         try:
             _refuse_secrets(argv)
             return command(argv) or 0

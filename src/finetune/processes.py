@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import faulthandler
 import os
 import secrets
 import threading
@@ -22,6 +21,7 @@ from torch.distributed import DistError, DistStoreError, PrefixStore, TCPStore
 from finetune import tracking
 from finetune.config import Train, TrainConfig
 from finetune.errors import ConfigError, ProcessError
+from finetune.watchdog import bounded
 
 BEAT = 0.25
 """Seconds between two signs of life of a process."""
@@ -38,13 +38,18 @@ class Lifeline:
         """name: the same on all processes, and never used before in this store. patience: seconds."""
         self.rank, self.processes, self.patience = rank, processes, patience
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store, own = (PrefixStore(name, TCPStore(*address, is_master=False)) for _ in range(2))
+        with self._asking():
+            self._store, own = (PrefixStore(name, TCPStore(*address, is_master=False)) for _ in range(2))
         self._seen: dict[int, tuple[int, float]] = {}
         self._meetings = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, args=(own,), daemon=True, name="lifeline")
         self._thread.start()
         atexit.register(self.close)
+
+    def _asking(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the store is asked: it may be in a process that was stopped, and then no call of it returns."""
+        return bounded(1.2 * self.patience + 5)
 
     def _beat(self, store: PrefixStore) -> None:
         with contextlib.suppress(DistError):  # the process that holds the store has ended, and so will this one
@@ -63,35 +68,37 @@ class Lifeline:
         self._meetings += 1
         everybody = f"meeting/{self._meetings}"
         try:
-            if self._store.add(f"{everybody}/arrived", 1) == self.processes:
-                self._store.set(everybody, b"here")
-            while True:
-                # The store itself may be in a process that was stopped, and then no call of it returns.
-                faulthandler.dump_traceback_later(1.2 * self.patience + 5, exit=True, file=2)
-                try:
-                    return self._store.wait([everybody], timedelta(seconds=min(1.0, self.patience / 5)))
-                except DistStoreError:  # not yet
-                    if gone := self.gone(self.patience):
-                        words = "; ".join(f"process {rank} {what}" for rank, what in gone.items())
-                        raise ProcessError(f"process {self.rank} waits for nobody: {words}") from None
+            with self._asking():
+                if self._store.add(f"{everybody}/arrived", 1) == self.processes:
+                    self._store.set(everybody, b"here")
+            while not self._met(everybody):
+                if gone := self.gone(self.patience):
+                    words = "; ".join(f"process {rank} {what}" for rank, what in gone.items())
+                    raise ProcessError(f"process {self.rank} waits for nobody: {words}")
         except DistError as error:
             raise ProcessError(f"process 0 has ended, or its machine cannot be reached ({error})") from None
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+
+    def _met(self, everybody: str) -> bool:
+        """Whether all processes came to the meeting, which is waited for a moment."""
+        with self._asking(), contextlib.suppress(DistStoreError):  # not yet
+            self._store.wait([everybody], timedelta(seconds=min(1.0, self.patience / 5)))
+            return True
+        return False
 
     def leave(self, reason: str) -> None:
         """Tell the others why this process ends."""
-        with contextlib.suppress(DistError):
+        with self._asking(), contextlib.suppress(DistError):
             self._store.set(f"left/{self.rank}", reason.encode())
 
     def gone(self, silence: float) -> dict[int, str]:
         """The processes that said that they end, or gave no sign of life for `silence` seconds, and which in words."""
         found = {}
-        for rank in {*range(self.processes)} - {self.rank}:
-            if self._store.check([f"left/{rank}"]):
-                found[rank] = f"ended: {self._store.get(f'left/{rank}').decode()}"
-            elif self._silent(rank) > silence:
-                found[rank] = f"was killed or stopped: no sign of life for {self._silent(rank):.1f} s"
+        with self._asking():
+            for rank in {*range(self.processes)} - {self.rank}:
+                if self._store.check([f"left/{rank}"]):
+                    found[rank] = f"ended: {self._store.get(f'left/{rank}').decode()}"
+                elif self._silent(rank) > silence:
+                    found[rank] = f"was killed or stopped: no sign of life for {self._silent(rank):.1f} s"
         return found
 
     def _silent(self, rank: int) -> float:

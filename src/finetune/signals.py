@@ -44,9 +44,12 @@ class Signals:
         self._way: str | None = None
         self._handled: dict[int, float] = {}
 
-    def leaving(self) -> contextlib.AbstractContextManager[Signals]:
-        """Inside, a signal ends the process at once with its exit code, also while it waits outside of Python."""
-        return self._in_way(_LEAVE)
+    def leaving(self, *, last: bool = False) -> contextlib.AbstractContextManager[Signals]:
+        """Inside, a signal ends the process at once with its exit code, also while it waits outside of Python.
+
+        last: nothing comes after it but the interpreter's end, which signals (but SIGKILL, SIGQUIT) do not change.
+        """
+        return self._in_way(_LEAVE, last=last)
 
     def noting(self) -> contextlib.AbstractContextManager[Signals]:
         """Inside, a signal only sets `received`; a second SIGINT raises KeyboardInterrupt."""
@@ -57,11 +60,11 @@ class Signals:
         return self._in_way(_INTERRUPT)
 
     @contextlib.contextmanager
-    def _in_way(self, way: str) -> Iterator[Signals]:
+    def _in_way(self, way: str, *, last: bool = False) -> Iterator[Signals]:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        with self._handlers() if self._way is None else contextlib.nullcontext():
+        with self._handlers(last) if self._way is None else contextlib.nullcontext():
             before, self._way = self._way, way
             try:
                 if way == _INTERRUPT and self.received:
@@ -73,7 +76,7 @@ class Signals:
                 _leave(self.received)
 
     @contextlib.contextmanager
-    def _handlers(self) -> Iterator[None]:
+    def _handlers(self, last: bool) -> Iterator[None]:
         self.received = 0
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -85,7 +88,7 @@ class Signals:
         finally:
             self._way = None
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if last else handler)
             signal.set_wakeup_fd(previous_pipe)
             os.close(writer)  # which ends the thread
 

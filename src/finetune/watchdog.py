@@ -21,6 +21,29 @@ STEPS = 10
 """A step may take this many times the median step."""
 LOADER_POLL = 2.0
 """Seconds between two looks at whether the loader processes are alive (the `timeout` of the DataLoader)."""
+_deadlines: list[float] = []  # of the `bounded` that the process is in; faulthandler has one timer per process
+
+
+@contextlib.contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """What must be left within `seconds`, or faulthandler's own thread shows the stacks and ends this process.
+
+    For calls that may never return to Python. May be nested, in one thread: the outer deadline stays in force.
+    """
+    _deadlines.append(min([time.monotonic() + seconds, *_deadlines]))
+    _set_timer()
+    try:
+        yield
+    finally:
+        _deadlines.pop()
+        _set_timer()
+
+
+def _set_timer() -> None:
+    if _deadlines:
+        faulthandler.dump_traceback_later(max(_deadlines[-1] - time.monotonic(), 1e-3), exit=True, file=2)
+    else:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class Watchdog:
@@ -48,12 +71,13 @@ class Watchdog:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """One step; what is outside of steps, such as drawing and saving, may take as long as it needs."""
-        self._since = time.monotonic()
-        try:
-            yield
-            self._times.append(time.monotonic() - self._since)
-        finally:
-            self._since = None
+        with bounded(2 * self.limit):
+            self._since = time.monotonic()
+            try:
+                yield
+                self._times.append(time.monotonic() - self._since)
+            finally:
+                self._since = None
 
     @property
     def limit(self) -> float:
@@ -65,9 +89,7 @@ class Watchdog:
         while not self._ended.wait(min(1.0, self._timeout / 20)):
             since, limit = self._since, self.limit
             if since is None:
-                faulthandler.cancel_dump_traceback_later()
                 continue
-            faulthandler.dump_traceback_later(2 * limit, exit=True, file=2)
             waited = time.monotonic() - since
             if waited > limit / 2 and shown != since:
                 shown = since
@@ -76,7 +98,6 @@ class Watchdog:
             if waited > 1.2 * limit:
                 _say(f"ended after {waited:.0f} s without progress (train.timeout_minutes): {self._describe()}")
                 os._exit(ProcessError.exit_code)
-        faulthandler.cancel_dump_traceback_later()
 
 
 def patiently(loader: DataLoader, seconds: float) -> Iterator[Any]:
