@@ -94,7 +94,7 @@ QUICK = [
     Cell("commit", "500", "3x"), Cell("commit", "429 Retry-After", "3x"), Cell("commit", "answer lost", "for ever"),
     Cell("commit", "412", "once"), Cell("commit", "503", "for ever"), Cell("commit", "silent", "once"),
     Cell("Xet token", "503", "for ever"), Cell("Xet token", "403", "for ever"), Cell("Xet token", "drop", "once"),
-    Cell("Xet xorbs", "silent", "for ever"), Cell("Xet xorbs", "500", "once"), Cell("Xet xorbs", "401", "for ever"),
+    Cell("Xet xorbs", "500", "once"), Cell("Xet xorbs", "401", "for ever"),
     Cell("Xet shards", "429", "for ever"), Cell("Xet shards", "answer lost", "once"),
     Cell("Xet shards", "400", "for ever"),
 ]  # fmt: skip

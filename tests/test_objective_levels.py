@@ -353,6 +353,7 @@ def log_of_importance_samples(cfg):
     level, weight = sampler.sample(PositionRandom(0, torch.arange(20000)))
     terms = LossTerms(per_sample=loss[level].float(), weight=weight.float(), level=level, terms={"mse": loss[level]})
     meter = Meter(Accelerator(cpu=True), objective)
+    next(meter.waiting(iter([0])))
     meter.add(terms)
     meter.commit(0.0)
     means = meter.read()
