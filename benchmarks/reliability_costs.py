@@ -96,7 +96,7 @@ KEYS = [(module, "key") for module in (seeding, data, images)]
 def keyed_share(cfg: TrainConfig, steps: int, repeats: int) -> dict[str, float]:
     """Medians over `repeats` times `steps` steps: share of all keyed draws, of the hashing and reseeding in them."""
     trainer = Trainer(cfg)
-    meter = Meter(trainer.accelerator, trainer.objective)
+    meter = Meter(trainer.accelerator, trainer.modules.objective)
     batches = iter(trainer.loader())
     trainer.train_step(batches, meter)
     shares: dict[str, list[float]] = {"draws": [], "keys": []}
@@ -110,14 +110,14 @@ def keyed_share(cfg: TrainConfig, steps: int, repeats: int) -> dict[str, float]:
                 for _ in range(steps):
                     trainer.train_step(batches, meter)
             shares[name].append(watch.seconds / (time.perf_counter() - start))
-    parameters = sum(p.numel() for p in trainer.unet.parameters()) / 1e6
+    parameters = sum(p.numel() for p in trainer.modules.unet.parameters()) / 1e6
     return {"parameters_millions": round(parameters, 1)} | {k: statistics.median(v) for k, v in shares.items()}
 
 
 def stall(cfg: TrainConfig, repeats: int) -> dict[str, float]:
     """Median seconds of `Trainer.save`, at once and asynchronous, and of a copy of all it saves."""
     trainer = Trainer(cfg)
-    meter = Meter(trainer.accelerator, trainer.objective)
+    meter = Meter(trainer.accelerator, trainer.modules.objective)
     batches = iter(trainer.loader())
     times: dict[str, list[float]] = {"synchronous": [], "asynchronous": [], "copy": []}
     settings = {kind: replace(cfg.checkpoint, asynchronous=kind == "asynchronous") for kind in times}
@@ -145,7 +145,7 @@ def start_up(folder: Path, repeats: int) -> dict[str, float]:
         for kind in times:
             start = time.perf_counter()
             trainer = Trainer(cfg)
-            trainer.train_step(iter(trainer.loader()), Meter(trainer.accelerator, trainer.objective))
+            trainer.train_step(iter(trainer.loader()), Meter(trainer.accelerator, trainer.modules.objective))
             times[kind].append(time.perf_counter() - start)
             trainer.save(required=True)
     return {kind: statistics.median(seconds) for kind, seconds in times.items()}

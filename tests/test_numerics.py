@@ -32,7 +32,7 @@ def same(a, b):
 
 
 def steps(trainer, n):
-    batches, meter = iter(trainer.loader()), Meter(trainer.accelerator, trainer.objective)
+    batches, meter = iter(trainer.loader()), Meter(trainer.accelerator, trainer.modules.objective)
     return [trainer.train_step(batches, meter) for _ in range(n)]
 
 
@@ -87,7 +87,7 @@ def test_x0_that_is_not_finite_names_its_rows(tmp_path, kind):
 
     def body(cfg):
         trainer = Trainer(cfg)
-        encode = trainer.space.encode
+        encode = trainer.modules.space.encode
 
         def overflowing(pixels, random):
             x0 = encode(pixels, random)
@@ -95,7 +95,7 @@ def test_x0_that_is_not_finite_names_its_rows(tmp_path, kind):
                 x0[1] = math.inf
             return x0
 
-        trainer.space.encode = overflowing
+        trainer.modules.space.encode = overflowing
         if trainer.accelerator.process_index == 1:
             (tmp_path / "bad").write_text(str(int(next(iter(trainer.loader())).rows[1])))
         trainer.fit()

@@ -237,7 +237,7 @@ def until(step):
 
     def body(cfg):
         trainer = Trainer(cfg)
-        meter = Meter(trainer.accelerator, trainer.objective)
+        meter = Meter(trainer.accelerator, trainer.modules.objective)
         batches = meter.waiting(iter(trainer.loader()))
         while trainer.step < step:
             trainer.train_step(batches, meter)
@@ -305,11 +305,11 @@ def test_uncertainty_is_trained_and_resumed_exactly(tmp_path, processes):
 def test_processes_train_the_same_uncertainty(tmp_path):
     def body(cfg):
         trainer = Trainer(cfg)
-        meter = Meter(trainer.accelerator, trainer.objective)
+        meter = Meter(trainer.accelerator, trainer.modules.objective)
         batches = meter.waiting(iter(trainer.loader()))
         for _ in range(3):
             trainer.train_step(batches, meter)
-        weight = trainer.objective.uncertainty.weight.detach()
+        weight = trainer.modules.objective.uncertainty.weight.detach()
         every = trainer.accelerator.gather(weight.view(1, -1))
         assert torch.equal(every[0], every[1]) and every.abs().max() > 0
 
@@ -336,7 +336,7 @@ def test_objective_trains_in_the_one_loop(tmp_path, objective):
 
     def body(cfg):
         trainer = Trainer(cfg)
-        meter = Meter(trainer.accelerator, trainer.objective)
+        meter = Meter(trainer.accelerator, trainer.modules.objective)
         batches = meter.waiting(iter(trainer.loader()))
         before = {name: p.clone() for name, p in trainer.parameters.items()}
         for _ in range(3):

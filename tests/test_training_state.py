@@ -7,6 +7,7 @@ import torch
 
 from finetune import checkpoint
 from finetune.errors import CheckpointError
+from finetune.modules import Modules
 from finetune.training_state import TrainingState, load_optimizer, optimizer_tensors
 
 
@@ -47,7 +48,8 @@ def training_state(width=4, bias=True, value=0.0):
     unet(torch.ones(5, 3)).square().sum().backward()
     optimizer.step()
     objective = SimpleNamespace(parameters=dict, state_dict=dict)
-    return TrainingState(unet, optimizer, objective, ema=None, scaler=None)
+    modules = Modules(space=None, conditioner=None, objective=objective, unet=unet)
+    return TrainingState(modules, optimizer, ema=None, scaler=None)
 
 
 def contents(state):

@@ -109,8 +109,8 @@ class TrainData:
         return self.table.captions(self.table.read([row])[0])
 
     def name(self, row: int) -> str:
-        """What a message calls a row: its file, its number, or both."""
-        return self.table.read([row])[0].name
+        """What a message calls a row."""
+        return self.table.name(self.table.read([row])[0])
 
     def with_order_of(self, then: np.ndarray) -> TrainData:
         """The data as a run goes on with it that began with the digests `then`; only for data.on_error skip.

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 def plan_text(trainer: Trainer) -> str:
     """The plan of `trainer` as an aligned table of at most 20 lines."""
-    cfg, processes = trainer.cfg, trainer.accelerator.num_processes
+    cfg, modules, processes = trainer.cfg, trainer.modules, trainer.accelerator.num_processes
     return table(
         {
             "data": data_line(trainer.data.facts, cfg),
             "classes": classes_line(trainer.data.facts),
-            "space": f"{cfg.space.kind}, x0 {trainer.space.channels}x{trainer.space.size}x{trainer.space.size}",
+            "space": f"{cfg.space.kind}, x0 {modules.space.channels}x{modules.space.size}x{modules.space.size}",
             "conditioning": conditioning_line(cfg),
-            "model": model_line(trainer.unet, trainer.space.parameters_frozen + trainer.conditioner.parameters_frozen),
+            "model": model_line(modules.unet, modules.parameters_frozen),
             "objective": objective_line(cfg),
             "batch": f"{trainer.global_batch} images = {trainer.micro_batch} per micro-step x {trainer.accumulation} "
             f"accumulated x {processes} process{'es' * (processes > 1)}",
@@ -37,8 +37,8 @@ def plan_text(trainer: Trainer) -> str:
             f"{trainer.accelerator.mixed_precision.replace('no', 'float32')}, seed {cfg.seed}",
             "start": start_line(trainer.resumed),
             "changed": changed_line(trainer.resumed),
-            "checkpoints": checkpoints_line(trainer.unet, cfg),
-            "snapshots": snapshots_line(trainer.unet, cfg, trainer.steps),
+            "checkpoints": checkpoints_line(modules.unet, cfg),
+            "snapshots": snapshots_line(modules.unet, cfg, trainer.steps),
             "samples": samples_line(cfg),
             "output": str(trainer.output_dir),
             "push": push_line(cfg, trainer.output_dir.resolve().name),

@@ -97,7 +97,7 @@ def as_the_run_began(data: TrainData, found: Checkpoint | None, accelerator: Acc
 def run_facts_of(trainer: Trainer) -> RunFacts:
     """What a checkpoint of `trainer` keeps of its run."""
     cfg, facts = trainer.cfg, run_facts(trainer.cfg)
-    split = dict(zip(SPLIT[1:], (trainer.accumulation, trainer.micro_batch), strict=True))
+    split = {"accumulation": trainer.accumulation, "micro_batch": trainer.micro_batch}
     kernels = {name: getattr(cfg.train, name) for name in ("channels_last", "compile", "gradient_checkpointing")}
     return RunFacts(
         settings=run_settings(
@@ -107,7 +107,7 @@ def run_facts_of(trainer: Trainer) -> RunFacts:
             mixed_precision=trainer.accelerator.mixed_precision,
             fingerprint=trainer.data.content,
         ),
-        machine=facts["versions"] | facts["environment"] | split | kernels | {"dropout": trainer.has_dropout},
+        machine=facts["versions"] | facts["environment"] | split | kernels | {"dropout": trainer.modules.has_dropout},
     )
 
 
@@ -117,7 +117,7 @@ def resume(trainer: Trainer, found: Checkpoint) -> Resumed:
     Raises ConfigError if it is of another run, changed in what cfg.allow_change does not name, or past the end of this
     run; CheckpointError if it is older than one that stands in output_dir, or of another network.
     """
-    cfg, now = trainer.cfg, run_facts_of(trainer)
+    cfg, now = trainer.cfg, trainer.facts
     then = RunFacts(settings=found.state["settings"], machine=found.state["machine"])
     differ = changes(then.settings, now.settings, allow=cfg.allow_change)
     if differ.fixed or differ.asked:

@@ -15,9 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from finetune import sample, tracking
-from finetune.autoguidance import load_guide
 from finetune.batching import Batch, first_batch, make_loader
-from finetune.conditioning import build_conditioner
 from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
 from finetune.data import open_data, report_replaced
@@ -25,8 +23,9 @@ from finetune.ema import Ema, drop_snapshots_after
 from finetune.errors import CheckpointError, surviving
 from finetune.failures import MicroBatch, command_to_resume, count_skipped, losing_nothing, whereabouts
 from finetune.meter import Meter
-from finetune.models import bind, build_unet
-from finetune.objective import Objective, build_objective
+from finetune.models import bind
+from finetune.modules import build_modules
+from finetune.objective import Objective
 from finetune.optimization import build_optimizer, learning_rate
 from finetune.pipelines import build_pipeline
 from finetune.processes import build_accelerator, largest, set_kernels
@@ -35,8 +34,7 @@ from finetune.resume import as_the_run_began, find_checkpoint, resume, run_facts
 from finetune.saving import Saver, nonfinite, refuse_nonfinite
 from finetune.seeding import PositionRandom, key
 from finetune.signals import SIGNALS, Interrupted, preempted
-from finetune.space import build_space
-from finetune.training_state import TrainingState, parameter_names
+from finetune.training_state import TrainingState
 from finetune.watchdog import Watchdog, patiently
 
 if TYPE_CHECKING:
@@ -85,41 +83,22 @@ class Trainer:
         self.steps = cfg.train.max_train_steps or math.ceil(
             cfg.train.num_train_epochs * len(self.data) / self.global_batch
         )
-        self._build_modules(objective, trust)
-        self.parameters = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
-        self.trained = list(parameter_names(self.unet, self.objective))
-        optimizer = build_optimizer(cfg.optimizer, self.trained)
+        self.modules = build_modules(
+            cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
+        )
+        self.parameters = self.modules.trained
+        optimizer = build_optimizer(cfg.optimizer, self.parameters.values())
         self.learning_rate = learning_rate(cfg.optimizer, self.steps)
-        self.ema = Ema(self.parameters, cfg.ema) if cfg.ema.use_ema else None
-        self.network, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
-        scaler = self.accelerator.scaler
-        self.state = TrainingState(self.unet, optimizer, self.objective, ema=self.ema, scaler=scaler)
+        self.ema = Ema(self.modules.network, cfg.ema) if cfg.ema.use_ema else None
+        self.network, self.optimizer = self.accelerator.prepare(self.modules.unet, optimizer)
+        self.state = TrainingState(self.modules, optimizer, ema=self.ema, scaler=self.accelerator.scaler)
+        self.facts = run_facts_of(self)
         self.saver = Saver(self.output_dir, cfg.checkpoint)
         self.stop = 0
         """The signal that all processes have agreed to stop for."""
         self.whole = True
         """Whether the state is that after a step, and not half of the next."""
         self.resumed = None if found is None else resume(self, found)
-
-    def _build_modules(self, objective: Objective | None, trust: Collection[str]) -> None:
-        cfg, device = self.cfg, self.accelerator.device
-        self.space = build_space(cfg, device)
-        self.conditioner = build_conditioner(cfg, self.data.class_names, device)
-        clip = cfg.space.kind == "pixel"
-        self.objective = objective or build_objective(
-            cfg.objective, clip_sample=clip, global_batch=self.global_batch, trust=trust
-        )
-        self.objective.to(device)
-        self.unet = build_unet(cfg, self.space, self.conditioner, seed=cfg.seed).to(device)
-        weaker = cfg.sample.autoguidance
-        self.guide = None if weaker is None else load_guide(weaker, self.unet, self.objective.scheduler)
-        if cfg.train.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        if cfg.train.channels_last:
-            self.unet.to(memory_format=torch.channels_last)
-        if cfg.train.compile:
-            self.unet.compile()  # in place: the names of the weights stay
-        self.has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.unet.modules())
 
     @property
     def step(self) -> int:
@@ -139,7 +118,7 @@ class Trainer:
             write_run_files(cfg, data=self.data.facts, data_fingerprint=self.data.fingerprint)
             drop_snapshots_after(self.output_dir / "ema_snapshots", self.step)
             self.saver.tidy()
-        meter, timeout = Meter(self.accelerator, self.objective), 60 * cfg.train.timeout_minutes
+        meter, timeout = Meter(self.accelerator, self.modules.objective), 60 * cfg.train.timeout_minutes
         with (
             self.saver,
             Watchdog(timeout, lambda: whereabouts(self)) as watchdog,
@@ -187,12 +166,12 @@ class Trainer:
                 terms = taken_in[-1].terms
                 self.accelerator.backward((terms.per_sample * terms.weight).mean() / self.accumulation)
             meter.add(terms)
-        for parameter in self.objective.parameters().values():  # DDP averages those of the network only
+        for parameter in self.modules.beside.values():  # DDP averages those of the network only
             parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         stop = largest(self.accelerator, SIGNALS.received)
         # DDP has averaged the gradients, so this norm, and with it the decision, is the same on every process.
         max_norm = self.cfg.train.max_grad_norm or math.inf
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.trained, max_norm))
+        grad_norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), max_norm))
         self.stop = int(stop)  # after the wait for the norm, which is one for this too
         self.whole = False  # from here on, state changes: what fails before leaves the last step as it was
         self.state.batches += 1
@@ -202,7 +181,7 @@ class Trainer:
             self.state.step += 1
             self.state.nonfinite_in_a_row = 0
             for each in taken_in:
-                self.objective.update(each.terms, self.accelerator.gather)
+                self.modules.objective.update(each.terms, self.accelerator.gather)
             if self.ema:
                 self.ema.step()
             meter.commit(grad_norm)
@@ -217,11 +196,11 @@ class Trainer:
 
     def _loss(self, batch: Batch, micro: int) -> MicroBatch:
         random = PositionRandom(self.cfg.seed, batch.positions, self.accelerator.device)
-        x0 = self.space.encode(batch.pixel_values.to(self.accelerator.device, non_blocking=True), random)
-        condition = self.conditioner(batch, random)
-        if self.has_dropout:  # the one draw that torch makes for itself: keyed by batch, micro-step and process
+        x0 = self.modules.space.encode(batch.pixel_values.to(self.accelerator.device, non_blocking=True), random)
+        condition = self.modules.conditioner(batch, random)
+        if self.modules.has_dropout:  # the one draw that torch makes for itself: keyed by batch, micro-step and process
             torch.manual_seed(key(self.cfg.seed, "dropout", self.state.batches, micro, self.accelerator.process_index))
-        terms = self.objective.loss(bind(self.network, condition), x0, random)
+        terms = self.modules.objective.loss(bind(self.network, condition), x0, random)
         return MicroBatch(batch.rows, terms, x0.isfinite().flatten(1).all(1))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -266,24 +245,24 @@ class Trainer:
     def _write_checkpoint(self, *, required: bool) -> None:
         facts = self.state.facts() | {"samples_seen": self.state.batches * self.global_batch}
         parts = self.state.parts() | {"data": {"digests": torch.from_numpy(self.data.digests)}}
-        self.saver.save(parts, facts | dataclasses.asdict(run_facts_of(self)), required=required)
+        self.saver.save(parts, facts | dataclasses.asdict(self.facts), required=required)
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
     def pipeline(self) -> DiffusionPipeline:
         """The pipeline around the live modules (no copies). Inside `averaged_weights` it samples from the average."""
-        parts = (self.unet, self.space, self.conditioner, self.objective.scheduler)
-        return build_pipeline(*parts, self.cfg, guide=self.guide)
+        parts = (self.modules.unet, self.modules.space, self.modules.conditioner, self.modules.objective.scheduler)
+        return build_pipeline(*parts, self.cfg, guide=self.modules.guide)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside, the UNet is in evaluation mode and holds the first average, if averages are kept."""
-        self.unet.eval()
+        self.modules.unet.eval()
         try:
             with self.ema.swapped_in() if self.ema else contextlib.nullcontext():
                 yield
         finally:
-            self.unet.train()
+            self.modules.unet.train()
 
     @torch.no_grad()
     def sample(self, *, again: bool = True) -> None:
@@ -294,7 +273,7 @@ class Trainer:
         """
         if self.accelerator.is_main_process and (again or not self.sample_path.exists()):
             with self.averaged_weights(), self.accelerator.autocast():
-                upscales = "low_res" in self.conditioner.parts
+                upscales = "low_res" in self.modules.conditioner.parts
                 shown = first_batch(self.data, self.cfg.sample.num_images) if upscales else None
                 with (
                     surviving(f"samples at step {self.step}", required=self.step == self.steps),

@@ -13,7 +13,7 @@ from finetune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from finetune.ema import Ema
-    from finetune.objective import Objective
+    from finetune.modules import Modules
 
 
 class TrainingState:
@@ -21,17 +21,15 @@ class TrainingState:
 
     def __init__(
         self,
-        unet: nn.Module,
+        modules: Modules,
         optimizer: torch.optim.Optimizer,
-        objective: Objective,
         *,
         ema: Ema | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        """unet: not wrapped. optimizer: torch's own, of the UNet's trainable parameters and the objective's."""
-        self._unet, self._optimizer, self._objective = unet, optimizer, objective
-        self._ema, self._scaler = ema, scaler
-        self._names = parameter_names(unet, objective)
+        """optimizer: torch's own, of all that `modules` train."""
+        self._modules, self._optimizer, self._ema, self._scaler = modules, optimizer, ema, scaler
+        self._names = {parameter: name for name, parameter in modules.trained.items()}
         self.step = 0
         """Optimizer steps done."""
         self.batches = 0
@@ -41,8 +39,7 @@ class TrainingState:
 
     def parts(self) -> dict[str, Mapping[str, Tensor]]:
         """The tensors by the part of a checkpoint that holds them; the live ones, not copies."""
-        parts = {"model": self._unet.state_dict(), "optimizer": optimizer_tensors(self._optimizer, self._names)}
-        parts |= {"objective": learned} if (learned := self._objective.state_dict()) else {}
+        parts = self._modules.states() | {"optimizer": optimizer_tensors(self._optimizer, self._names)}
         return parts | (self._ema.averages if self._ema else {})
 
     def facts(self) -> dict[str, Any]:
@@ -62,10 +59,8 @@ class TrainingState:
         parts = self.parts()
         self._refuse_misfits(found, parts)
         saved = {part: found.tensors(part) for part in parts}  # all of them read before the first is copied
-        self._unet.load_state_dict(saved["model"])
+        self._modules.load(saved)
         load_optimizer(self._optimizer, saved["optimizer"], self._names)
-        if "objective" in saved:
-            self._objective.load_state_dict(saved["objective"])
         if self._ema:
             self._ema.load(found.state["ema_updates"], {part: saved[part] for part in self._ema.averages})
         if self._scaler and found.state["grad_scaler"]:
@@ -93,13 +88,6 @@ class TrainingState:
                 + "\n".join(misfits[:10] + more)
                 + "\nChoose another output_dir for the new network, or set back what was changed."
             )
-
-
-def parameter_names(unet: nn.Module, objective: Objective) -> dict[nn.Parameter, str]:
-    """All that is trained -> its name; the order is the one in which an optimizer is to take them."""
-    named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
-    named += [(f"objective.{name}", p) for name, p in objective.parameters().items()]
-    return {parameter: name for name, parameter in named}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
