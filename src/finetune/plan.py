@@ -33,7 +33,8 @@ def plan_text(trainer: Trainer) -> str:
             f"{trainer.steps * trainer.global_batch / len(trainer.data):.4g} epochs",
             "optimizer": optimizer_line(cfg),
             "averages": averages_line(cfg),
-            "device": f"{processes} x {trainer.accelerator.device.type}, network in "
+            "device": f"{processes} x {trainer.accelerator.device.type}"
+            f"{', the weights sharded over them (FSDP2)' * trainer.accelerator.shards}, network in "
             f"{trainer.accelerator.mixed_precision.replace('no', 'float32')}, seed {cfg.seed}",
             "start": start_line(trainer.resumed),
             "changed": changed_line(trainer.resumed),
@@ -108,7 +109,8 @@ def model_line(unet: nn.Module, frozen: int) -> str:
     """Class and numbers of parameters; frozen: those of VAE and text encoder."""
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     frozen += sum(p.numel() for p in unet.parameters() if not p.requires_grad)
-    return f"{type(unet).__name__}, {count(trained)} parameters trained, {count(frozen)} frozen"
+    name = type(unet).__name__.removeprefix("FSDP")
+    return f"{name}, {count(trained)} parameters trained, {count(frozen)} frozen"
 
 
 def count(n: int) -> str:

@@ -152,8 +152,8 @@ def _options(
     return options
 
 
-def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, shown: Batch | None = None) -> None:
-    """Draw the images that cfg.sample asks for and write them to `path` as one labelled grid.
+def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path | None, shown: Batch | None = None) -> None:
+    """Draw the images that cfg.sample asks for and write them to `path`, if there is one, as one labelled grid.
 
     pipeline: that of build_pipeline for this cfg. shown: of super-resolution, training samples to enlarge by their own
     captions and classes; each is then small image, drawn image and truth, side by side.
@@ -173,6 +173,8 @@ def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, shown: 
         guidance_scale=None if ours else section.guidance_scale,
         **given,
     )
+    if path is None:
+        return
     labels = captions_of(pipeline, wanted_conditions(pipeline, len(images), **given))
     columns = columns_for(labels)
     if shown is not None:

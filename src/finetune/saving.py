@@ -18,6 +18,7 @@ from finetune.config import Checkpoint as CheckpointConfig
 from finetune.errors import CheckpointError, ConfigError, NonFiniteError
 from finetune.processes import largest
 from finetune.retention import tidy
+from finetune.sharding import Parts, held
 
 if TYPE_CHECKING:
     from finetune.trainer import Trainer
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_MISSED = 3  # checkpoints in a row that a run may do without
-Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 class Saver:
@@ -160,7 +160,8 @@ def nonfinite(parts: Parts) -> list[str]:
     """
     found = []
     for part in parts.keys() - {"optimizer", "objective"}:
-        floats = [tensor for tensor in parts[part].values() if tensor.is_floating_point() and tensor.numel()]
+        own = map(held, parts[part].values())
+        floats = [tensor for tensor in own if tensor.is_floating_point() and tensor.numel()]
         extremes = [torch.stack(tensor.detach().aminmax()).float() for tensor in floats]  # NaN if any element is
         if extremes and not torch.stack(extremes).isfinite().all():
             found.append(part)

@@ -33,6 +33,7 @@ from finetune.provenance import write_run_files
 from finetune.resume import as_the_run_began, find_checkpoint, resume, run_facts_of
 from finetune.saving import Saver, nonfinite, refuse_nonfinite
 from finetune.seeding import PositionRandom, key
+from finetune.sharding import Parts, gathered, unsharded
 from finetune.signals import SIGNALS, Interrupted, preempted
 from finetune.training_state import TrainingState
 from finetune.watchdog import Watchdog, patiently
@@ -86,11 +87,11 @@ class Trainer:
         self.modules = build_modules(
             cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
         )
-        self.parameters = self.modules.trained
-        optimizer = build_optimizer(cfg.optimizer, self.parameters.values())
+        optimizer = build_optimizer(cfg.optimizer, self.modules.trained.values())
         self.learning_rate = learning_rate(cfg.optimizer, self.steps)
-        self.ema = Ema(self.modules.network, cfg.ema) if cfg.ema.use_ema else None
         self.network, self.optimizer = self.accelerator.prepare(self.modules.unet, optimizer)
+        self.parameters = self.modules.trained  # now: FSDP2 has put others in the place of those that it shards
+        self.ema = Ema(self.modules.network, cfg.ema) if cfg.ema.use_ema else None
         self.state = TrainingState(self.modules, optimizer, ema=self.ema, scaler=self.accelerator.scaler)
         self.facts = run_facts_of(self)
         self.saver = Saver(self.output_dir, cfg.checkpoint)
@@ -212,10 +213,10 @@ class Trainer:
         cannot be written although it is required, or for the third time in a row.
         """
         refuse_nonfinite(self)
-        failed = None
+        failed, parts = None, self._parts()
         if self.accelerator.is_main_process:
             try:
-                self._write_checkpoint(required=required)
+                self._write_checkpoint(parts, required=required)
             except CheckpointError as error:
                 failed = error
         self.accelerator.wait_for_everyone()
@@ -225,12 +226,14 @@ class Trainer:
     def rescue(self) -> bool:
         """Write the checkpoint of the last step before an error ends the run (main process; nobody waits).
 
-        Returns whether it stands: not if the error came in the middle of changing the state, or left nothing finite.
+        Returns whether it stands: not if the error came in the middle of changing the state, or left nothing finite, or
+        if the weights are sharded over processes that may be gone.
         """
-        if not (self.accelerator.is_main_process and self.whole and self.step) or nonfinite(self.state.parts()):
+        possible = self.accelerator.is_main_process and self.whole and self.step and not self.accelerator.shards
+        if not possible or nonfinite(self.state.parts()):
             return False
         try:
-            self._write_checkpoint(required=True)
+            self._write_checkpoint(self._parts(), required=True)
         except Exception as error:  # the error that ends the run is another one, and is told
             log.error("%s", error)
             return False
@@ -242,9 +245,14 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.ema.snapshot(self.output_dir / "ema_snapshots")
 
-    def _write_checkpoint(self, *, required: bool) -> None:
+    def _parts(self) -> Parts:
+        """The tensors of a checkpoint; with FSDP2, all processes gather them for the main one."""
+        parts = self.state.parts()
+        return gathered(parts, keep=self.accelerator.is_main_process) if self.accelerator.shards else parts
+
+    def _write_checkpoint(self, parts: Parts, *, required: bool) -> None:
         facts = self.state.facts() | {"samples_seen": self.state.batches * self.global_batch}
-        parts = self.state.parts() | {"data": {"digests": torch.from_numpy(self.data.digests)}}
+        parts = {**parts, "data": {"digests": torch.from_numpy(self.data.digests)}}
         self.saver.save(parts, facts | dataclasses.asdict(self.facts), required=required)
 
     # -- samples -------------------------------------------------------------------------------------------------------
@@ -269,20 +277,30 @@ class Trainer:
         """Draw samples/step-N.png (main process; the others wait). Touches no state of the training.
 
         again: also if it is there. A signal interrupts it, and sets `stop`. One that cannot be written (OSError, such
-        as a full disk) ends the run if it is the last, which is exported.
+        as a full disk) ends the run if it is the last, which is exported. With FSDP2 all processes draw, as each of
+        them holds a share of the weights, and a signal waits.
         """
-        if self.accelerator.is_main_process and (again or not self.sample_path.exists()):
+        main, shards = self.accelerator.is_main_process, self.accelerator.shards
+        wanted = int(largest(self.accelerator, main and (again or not self.sample_path.exists())))
+        if wanted and (main or shards):
             with self.averaged_weights(), self.accelerator.autocast():
                 upscales = "low_res" in self.modules.conditioner.parts
                 shown = first_batch(self.data, self.cfg.sample.num_images) if upscales else None
                 with (
                     surviving(f"samples at step {self.step}", required=self.step == self.steps),
                     contextlib.suppress(Interrupted),
-                    SIGNALS.interrupting(),
+                    contextlib.nullcontext() if shards else SIGNALS.interrupting(),
                 ):
-                    sample.draw_grid(self.pipeline(), self.cfg, self.sample_path, shown)
+                    sample.draw_grid(self.pipeline(), self.cfg, self.sample_path if main else None, shown)
         self.accelerator.wait_for_everyone()
         self.stop = int(largest(self.accelerator, SIGNALS.received))
+
+    def unshard(self) -> None:
+        """After the training: with FSDP2, give the main process the whole weights that are exported, and no average."""
+        if self.accelerator.shards:
+            with self.averaged_weights():
+                unet = unsharded(self.modules.unet, keep=self.accelerator.is_main_process)
+            self.modules, self.ema = dataclasses.replace(self.modules, unet=unet), None
 
     @property
     def sample_path(self) -> Path:
