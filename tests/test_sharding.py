@@ -101,7 +101,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(tmp_path, runs, 
     ("sections", "version", "precision", "says"),
     [
         ({"train": {"channels_last": True}}, 2, "no", "train.channels_last: does not go with FSDP2"),
-        ({"ema": {"relative_widths": [0.1], "snapshot_every": 2}}, 2, "no", "ema.snapshot_every: does not go with FSDP2"),
+        ({"ema": {"relative_widths": [0.1], "snapshot_every": 2}}, 2, "no", "ema.snapshot_every: does not go with"),
         ({}, 1, "no", "fsdp_version 1 is not supported"),
         ({}, 2, "fp16", "fp16 does not go with FSDP2"),
         ({}, 2, "bf16", None),
