@@ -70,6 +70,9 @@ class TrainData:
     """[n] int64: the numbers of the usable rows, ascending; of a stream, those that are not known to be unusable."""
     digests: np.ndarray
     """[rows found] int64: what identifies the images, captions and label of a row of `rows`; 0 for all others."""
+    image_digests: np.ndarray
+    """[rows found] int64: what identifies the stored bytes of the image of a usable row, and nothing else; 0 for all
+    others; of a stream, empty."""
     fingerprint: str
     """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order; of a stream,
     wherever the same files are: by their footers and sizes."""
@@ -201,8 +204,8 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
     report = check(table, numbers, rules, factor=factor, progress=progress)
     problems = _all_problems(source, report.bad)
     refuse_or_warn(problems, source.name, rules)
-    digests = np.zeros(len(table), np.int64)
-    digests[numbers] = report.digests
+    digests, image_digests = np.zeros((2, len(table)), np.int64)
+    digests[numbers], image_digests[numbers] = report.digests, report.image_digests
     usable = np.flatnonzero(digests)
     if not len(usable):
         raise DataError(f"{source.name} has no usable row")
@@ -213,6 +216,7 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
         seed=cfg.seed,
         rows=usable,
         digests=digests,
+        image_digests=image_digests,
         fingerprint=fingerprint(digests),
         factor=factor,
         facts=facts,
@@ -242,6 +246,7 @@ def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> 
         seed=cfg.seed,
         rows=rows,
         digests=np.zeros(0, np.int64),
+        image_digests=np.zeros(0, np.int64),
         fingerprint=content.hexdigest(),
         factor=factor,
         facts=facts,
