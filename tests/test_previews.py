@@ -35,7 +35,7 @@ def drawn_by_whom(cfg):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The same weights after each step, by one process and by two: no dropout, and a learning rate of nearly nothing."""
+    """The same weights after each step, by one process and by two: a learning rate of nearly nothing."""
     folder = tmp_path_factory.mktemp("previews")
     settings = {"train": SHORT, "sample": MANY, "model": {"dropout": 0.0}, "optimizer": {"learning_rate": 1e-30}}
     runs = [config(folder / f"run{processes}", **settings) for processes in (1, 2)]
