@@ -18,7 +18,7 @@ from finetune.batching import make_loader
 from finetune.config import Data, TrainConfig
 from finetune.data import TrainData, open_data
 from finetune.errors import DataError
-from finetune.rows import rows_of
+from finetune.rows import image_digest, rows_of
 from finetune.sources import Source
 from finetune.trainer import Trainer
 from forked import log, metrics, run
@@ -144,6 +144,11 @@ def test_the_digests_belong_to_the_rows_and_are_cached(tmp_path, monkeypatch):
     assert by_path["plain.png"] != by_path["link_within.png"]  # the same picture under another caption
     twice = [row for row, path in zip(first.rows, paths(first), strict=True) if path == "plain.png"]
     assert len(twice) == 2 and len(set(first.digests[twice])) == 1
+    images = dict(zip(paths(first), first.image_digests[first.rows].tolist(), strict=True))
+    assert again.image_digests.tolist() == first.image_digests.tolist()
+    assert np.flatnonzero(first.image_digests).tolist() == first.rows.tolist()
+    assert images["plain.png"] == images["link_within.png"] == image_digest((corpus.folder / "plain.png").read_bytes())
+    assert images["plain.png"] != images["grey.png"]
 
 
 def test_rows_that_are_not_drawn_have_no_digest(tmp_path):

@@ -27,6 +27,7 @@ from finetune.config_data import Data
 from finetune.config_objective import DDPM, Objective
 from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
+from finetune.config_validation import Validation, validation_contradictions
 
 
 @section
@@ -227,6 +228,7 @@ class TrainConfig:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
     sample: Sample = Field(default_factory=Sample)
+    validation: Validation = Field(default_factory=Validation)
     hub: Hub = Field(default_factory=Hub)
 
     def __post_init__(self) -> None:
@@ -268,6 +270,8 @@ class TrainConfig:
                 "variance.kind fixed_small or fixed_large with vb_loss none"
             )
         yield from contradictions(self.sample, objective)
+        best_metric = self.checkpoint.best_metric
+        yield from validation_contradictions(self.validation, streaming=data.streaming, best_metric=best_metric)
 
     @property
     def sampler(self) -> str:

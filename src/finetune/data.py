@@ -70,6 +70,9 @@ class TrainData:
     """[n] int64: the numbers of the usable rows, ascending; of a stream, those that are not known to be unusable."""
     digests: np.ndarray
     """[rows found] int64: what identifies the images, captions and label of a row of `rows`; 0 for all others."""
+    image_digests: np.ndarray
+    """[rows found] int64: what identifies the stored bytes of the image of a usable row, and nothing else; 0 for all
+    others; of a stream, empty."""
     fingerprint: str
     """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order; of a stream,
     wherever the same files are: by their footers and sizes."""
@@ -77,6 +80,8 @@ class TrainData:
     """Side of an image over that of the small image of data.low_res_column; 1 without one."""
     facts: dict[str, Any]
     """What a reader should know of the data; JSON's types only."""
+    held_out: TrainData | None = None
+    """The rows that are kept from training, none of which is among `rows`; cropped at the centre, not mirrored."""
 
     def __len__(self) -> int:
         """The number of samples of one epoch."""
@@ -91,9 +96,17 @@ class TrainData:
 
     @property
     def content(self) -> str:
-        """Hexadecimal; as `fingerprint`, and of the numbers of the rows, which crops and captions are drawn by."""
+        """Hexadecimal; as `fingerprint`, and of the numbers of the rows, which crops and captions are drawn by, and of
+        the rows held out."""
         where = np.flatnonzero(self.digests).tobytes()
-        return hashlib.blake2b(self.fingerprint.encode() + where, digest_size=16).hexdigest()
+        beside = b"" if self.held_out is None else self.held_out.content.encode()
+        return hashlib.blake2b(self.fingerprint.encode() + where + beside, digest_size=16).hexdigest()
+
+    @property
+    def sides(self) -> dict[str, np.ndarray]:
+        """The digests of the training rows and, under "held_out", of those held out, as a checkpoint keeps them; no row
+        is in both."""
+        return {"digests": self.digests} | ({} if self.held_out is None else {"held_out": self.held_out.digests})
 
     @property
     def class_names(self) -> list[str] | None:
@@ -112,15 +125,41 @@ class TrainData:
         """What a message calls a row."""
         return self.table.name(self.table.read([row])[0])
 
-    def with_order_of(self, then: np.ndarray) -> TrainData:
+    def with_order_of(self, then: np.ndarray, held_out: np.ndarray | None = None) -> TrainData:
         """The data as a run goes on with it that began with the digests `then`; only for data.on_error skip.
+
+        held_out: those of the rows that were held out.
 
         Rows that turned unusable since keep their places in the order, and are replaced when they are drawn; rows that
         were unusable then stay left out. No row may hold anything else (`data_changes.changes`).
         """
         now = self.digests
         assert len(then) == len(now) and ((then == now) | (then == 0) | (now == 0)).all()
-        return replace(self, rows=np.flatnonzero(then), digests=then, fingerprint=fingerprint(then))
+        beside = self.held_out if held_out is None else self.held_out.with_order_of(held_out)
+        return replace(self, rows=np.flatnonzero(then), digests=then, fingerprint=fingerprint(then), held_out=beside)
+
+    def holding_out(self, share: float) -> TrainData:
+        """These data without the rows whose image is held out, which become `held_out`.
+
+        An image is held out if and only if the 64 bits that its bytes hash to are, as a number, among the lowest
+        `share` of all: whatever its caption, its label and the other rows are. Raises DataError if there are not two
+        different images on each side, without which there is no standard error.
+        """
+        chosen = self.image_digests.view(np.uint64) < share * 2.0**64
+        sides = []
+        for side, what in ((~chosen, "to train on"), (chosen, "held out")):
+            digests = np.where(side, self.digests, 0)
+            if (found := len(np.unique(self.image_digests[digests != 0]))) < 2:
+                raise DataError(
+                    f"validation.held_out {share:g} of {len(self):,} images leaves {found} {what}, as their bytes "
+                    "decide it, and a standard error takes two: set another share, or give more images"
+                )
+            rows = np.flatnonzero(digests)
+            sides.append(replace(self, rows=rows, digests=digests, fingerprint=fingerprint(digests)))
+        train, held_out = sides
+        rules = replace(self.rules, center_crop=True, random_flip=False)
+        facts = self.facts | {"held_out": len(held_out)}
+        return replace(train, facts=facts, held_out=replace(held_out, rules=rules))
 
     def samples(self, rows: Sequence[int], epochs: Sequence[int]) -> list[Sample]:
         """Make the sample of each row in its epoch.
@@ -201,22 +240,24 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
     report = check(table, numbers, rules, factor=factor, progress=progress)
     problems = _all_problems(source, report.bad)
     refuse_or_warn(problems, source.name, rules)
-    digests = np.zeros(len(table), np.int64)
-    digests[numbers] = report.digests
+    digests, image_digests = np.zeros((2, len(table)), np.int64)
+    digests[numbers], image_digests[numbers] = report.digests, report.image_digests
     usable = np.flatnonzero(digests)
     if not len(usable):
         raise DataError(f"{source.name} has no usable row")
     facts = {"rows_found": len(table), "left_out": len(problems)} | report.facts
-    return TrainData(
+    data = TrainData(
         table=table,
         rules=rules,
         seed=cfg.seed,
         rows=usable,
         digests=digests,
+        image_digests=image_digests,
         fingerprint=fingerprint(digests),
         factor=factor,
         facts=facts,
     )
+    return data.holding_out(cfg.validation.held_out) if cfg.validation.held_out else data
 
 
 def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> TrainData:
@@ -242,6 +283,7 @@ def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> 
         seed=cfg.seed,
         rows=rows,
         digests=np.zeros(0, np.int64),
+        image_digests=np.zeros(0, np.int64),
         fingerprint=content.hexdigest(),
         factor=factor,
         facts=facts,

@@ -31,11 +31,11 @@ from finetune.durable import write
 from finetune.errors import DataError
 from finetune.folder import MOST_LISTED, Problem
 from finetune.images import BadRow, decode, strict_pillow
-from finetune.rows import Row, Rows, Unreadable
+from finetune.rows import Row, Rows, Unreadable, image_digest
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a name must not forge lines of a report
 CHUNK = 32  # rows that one thread reads at a time
-VERSION = 3  # of what a check does and stores; raise it with either
+VERSION = 4  # of what a check does and stores; raise it with either
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +47,8 @@ class Report:
     """The rows that cannot be used."""
     digests: np.ndarray
     """[rows checked] int64: identifies images, captions and label of a usable row, wherever they are stored; else 0."""
+    image_digests: np.ndarray
+    """[rows checked] int64: identifies the stored bytes of the image alone; 0 for a row that cannot be used."""
     facts: dict[str, Any]
     """Numbers about the usable rows, all of JSON's types."""
 
@@ -60,6 +62,7 @@ class _Checked:
     passing: bool = False
     """Whether the problem may pass while the file stays as it is."""
     digest: int = 0
+    image_digest: int = 0
     size: tuple[int, int] = (0, 0)
     traits: frozenset[str] = frozenset()
     captions: tuple[str, ...] = ()
@@ -76,8 +79,10 @@ def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, prog
         return known
     checked = _check_all(rows, numbers, rules, factor, progress)
     good = [row for row in checked if not row.problem]
+    bad = {row.number: row.problem for row in checked if row.problem}
     digests = np.array([row.digest for row in checked], np.int64)
-    report = Report({row.number: row.problem for row in checked if row.problem}, digests, _facts(rows, good, rules))
+    image_digests = np.array([row.image_digest for row in checked], np.int64)
+    report = Report(bad, digests, image_digests, _facts(rows, good, rules))
     if not any(row.passing for row in checked):
         _store(entry, files, report)
     return report
@@ -118,8 +123,8 @@ def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
             _check_pair(decode(small, rules).size, decoded.size, factor)
     except BadRow as problem:
         return _Checked(row.number, Problem(row.name, str(problem)), passing=isinstance(problem, Unreadable))
-    digest = rows.digest(row, content, small)
-    return _Checked(row.number, None, False, digest, decoded.size, decoded.traits, captions or (), label)
+    digests = rows.digest(row, content, small), image_digest(content)
+    return _Checked(row.number, None, False, *digests, decoded.size, decoded.traits, captions or (), label)
 
 
 def _check_pair(small: tuple[int, int], size: tuple[int, int], factor: int) -> None:
@@ -192,8 +197,9 @@ def _load(entry: Path, files: str) -> Report | None:
     """The stored report, if it is whole and of files as they are now."""
     try:
         with safe_open(entry, framework="numpy") as stored:
-            known, digests = json.loads(stored.metadata()["report"]), stored.get_tensor("digests")
-        if fingerprint(digests) != known["fingerprint"]:
+            known = json.loads(stored.metadata()["report"])
+            digests, image_digests = stored.get_tensor("digests"), stored.get_tensor("images")
+        if [fingerprint(digests), fingerprint(image_digests)] != known["fingerprints"]:
             raise ValueError("its content is not what was written")
     except FileNotFoundError:
         return None
@@ -201,7 +207,7 @@ def _load(entry: Path, files: str) -> Report | None:
         logger.warning("the stored check of the data, %s, cannot be read and is made anew: %s", entry, error)
         return None
     bad = {number: Problem(name, reason) for number, name, reason in known["bad"]}
-    return Report(bad, digests, known["facts"]) if known["files"] == files else None
+    return Report(bad, digests, image_digests, known["facts"]) if known["files"] == files else None
 
 
 def _store(entry: Path, files: str, report: Report) -> None:
@@ -210,11 +216,13 @@ def _store(entry: Path, files: str, report: Report) -> None:
     files: as they were before they were read, so that one that changes meanwhile is checked again by the next run.
     """
     bad = [[number, *problem] for number, problem in report.bad.items()]
-    known = {"bad": bad, "facts": report.facts, "files": files, "fingerprint": fingerprint(report.digests)}
+    fingerprints = [fingerprint(report.digests), fingerprint(report.image_digests)]
+    known = {"bad": bad, "facts": report.facts, "files": files, "fingerprints": fingerprints}
+    tensors = {"digests": report.digests, "images": report.image_digests}
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         aside = entry.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")
-        write(aside, [save({"digests": report.digests}, metadata={"report": json.dumps(known)})])
+        write(aside, [save(tensors, metadata={"report": json.dumps(known)})])
         aside.replace(entry)
     except OSError as error:
         logger.warning("the check of the data cannot be kept for the next run: %s", error)

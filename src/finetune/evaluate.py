@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config_choices import conditions
 from finetune.config_io import load_text
+from finetune.config_validation import Validation
 from finetune.errors import ConfigError, DataError
 from finetune.seeding import PositionRandom, permutation
 
@@ -156,7 +157,7 @@ def _on(cfg: TrainConfig, data: str | None, split: str | None) -> TrainConfig:
                         shuffle_buffer_size=None)  # fmt: skip
     if rules.dataset_name is None and rules.train_data_dir is None:
         raise ConfigError("the run's data were passed from Python: name the data to measure on with --data")
-    return replace(cfg, data=rules)
+    return replace(cfg, data=rules, validation=Validation() if data or split else cfg.validation)
 
 
 def _part(cfg: TrainConfig, average: str | None) -> str:

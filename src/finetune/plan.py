@@ -40,6 +40,7 @@ def plan_text(trainer: Trainer) -> str:
             "changed": changed_line(trainer.resumed),
             "checkpoints": checkpoints_line(modules.unet, cfg),
             "snapshots": snapshots_line(modules.unet, cfg, trainer.steps),
+            "validation": validation_line(trainer),
             "samples": samples_line(cfg),
             "output": str(trainer.output_dir),
             "push": push_line(cfg, trainer.output_dir.resolve().name),
@@ -189,6 +190,17 @@ def snapshots_line(unet: nn.Module, cfg: TrainConfig, steps: int) -> str:
         return ""
     size = len(cfg.ema.relative_widths) * 4 * sum(p.numel() for p in unet.parameters() if p.requires_grad) / 1e6
     return f"of the averages every {every:,} steps, all kept: {-(-steps // every):,} x {size:,.1f} MB"
+
+
+def validation_line(trainer: Trainer) -> str:
+    """How many images are held out, what is measured of them and when, and what it costs; empty without any."""
+    if trainer.validation is None:
+        return ""
+    cfg, (held_out, trained) = trainer.cfg.validation, map(len, trainer.validation.rows)
+    return (
+        f"{len(trainer.data.held_out):,} images held out; {held_out:,} of them and {trained:,} others measured every "
+        f"{cfg.every:,} steps in {(held_out + trained) * cfg.levels:,} evaluations of the network"
+    )
 
 
 def samples_line(cfg: TrainConfig) -> str:

@@ -23,6 +23,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from finetune import tracking
 from finetune.config import Train, TrainConfig
 from finetune.errors import ConfigError, ProcessError
+from finetune.signals import SIGNALS
 from finetune.watchdog import bounded
 
 UNITS = {"ResnetBlock2D", "BasicTransformerBlock"}
@@ -151,6 +152,12 @@ class Processes(Accelerator):
             # Accelerate's policy casts weights and inputs, hence timesteps and SDXL's sizes: of 1023 bfloat16 makes
             # 1024. Autocast casts what is multiplied, as it does without sharding.
             self.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+
+    def interrupting(self) -> contextlib.AbstractContextManager:
+        """Inside, a signal raises Interrupted; not with FSDP2, where no process may leave the others amid an
+        evaluation of the network.
+        """
+        return contextlib.nullcontext() if self.shards else SIGNALS.interrupting()
 
     def prepare(self, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """As Accelerate's, for these two; with FSDP2 under autocast too."""

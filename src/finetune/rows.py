@@ -182,6 +182,11 @@ class Rows:
         return int.from_bytes(total, "little", signed=True) or 1
 
 
+def image_digest(content: bytes) -> int:
+    """A number that identifies the stored bytes of an image and nothing else: 64 bits, signed as int64, never 0."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True) or 1
+
+
 def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows:
     """The rows of a source by the columns that the configuration names. Raises DataError about a missing column."""
     dataset, columns = source.dataset, [data.image_column]

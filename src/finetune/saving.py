@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finetune import checkpoint
 from finetune.config import Checkpoint as CheckpointConfig
+from finetune.config_validation import METRICS
 from finetune.errors import CheckpointError, ConfigError, NonFiniteError
 from finetune.processes import largest
 from finetune.retention import tidy
@@ -59,7 +60,7 @@ class Saver:
         Raises ConfigError if that is no number of it.
         """
         name = self._cfg.best_metric
-        if name is None:
+        if name is None or (name in METRICS) != any(metric in numbers for metric in METRICS):  # lines of their own
             return
         if not isinstance(numbers.get(name), int | float):
             known = ", ".join(key for key, value in numbers.items() if isinstance(value, int | float))

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from finetune import sample, tracking
-from finetune.batching import Batch, first_batch, make_loader
+from finetune import tracking
+from finetune.batching import Batch, make_loader
 from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
 from finetune.data import open_data, report_replaced
 from finetune.ema import Ema, drop_snapshots_after
-from finetune.errors import CheckpointError, surviving
+from finetune.errors import CheckpointError
 from finetune.failures import MicroBatch, command_to_resume, count_skipped, losing_nothing, whereabouts
 from finetune.meter import Meter
 from finetune.models import bind
@@ -28,14 +28,16 @@ from finetune.modules import build_modules
 from finetune.objective import Objective
 from finetune.optimization import build_optimizer, learning_rate
 from finetune.pipelines import build_pipeline
+from finetune.previews import draw_samples
 from finetune.processes import build_accelerator, largest, set_kernels
 from finetune.provenance import write_run_files
 from finetune.resume import as_the_run_began, find_checkpoint, resume, run_facts_of
 from finetune.saving import Saver, nonfinite, refuse_nonfinite
 from finetune.seeding import PositionRandom, key
 from finetune.sharding import Parts, gathered, unsharded
-from finetune.signals import SIGNALS, Interrupted, preempted
+from finetune.signals import SIGNALS, preempted
 from finetune.training_state import TrainingState
+from finetune.validation import HeldOut
 from finetune.watchdog import Watchdog, patiently
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ class Trainer:
         self.state = TrainingState(self.modules, optimizer, ema=self.ema, scaler=self.accelerator.scaler)
         self.facts = run_facts_of(self)
         self.saver = Saver(self.output_dir, cfg.checkpoint)
+        self.validation = None if self.data.held_out is None else HeldOut(self.data, cfg.validation)
         self.stop = 0
         """The signal that all processes have agreed to stop for."""
         self.whole = True
@@ -113,7 +116,8 @@ class Trainer:
 
         Raises Preempted after a signal, NonFiniteError after max_nonfinite_steps bad steps in a row.
         """
-        cfg, tracker = self.cfg, tracking.Tracker(self.accelerator, self.cfg, resumed_step=self.step)
+        cfg, resumed_step = self.cfg, self.step if self.resumed else -1  # a fresh start writes step 0 anew
+        tracker = tracking.Tracker(self.accelerator, cfg, resumed_step=resumed_step)
         self.pipeline()  # refuses now what could not be sampled at the end
         if self.accelerator.is_main_process:
             write_run_files(cfg, data=self.data.facts, data_fingerprint=self.data.fingerprint)
@@ -127,6 +131,8 @@ class Trainer:
             contextlib.closing(patiently(self.loader(), timeout)) as loaded,
             self._progress() as bar,
         ):
+            if self.validation and (self._due(cfg.validation.every) or self.validation.ends):
+                self.validate(tracker)
             if self.step and self._due(cfg.sample.sample_every):  # stopped between this checkpoint and its samples
                 self.sample(again=self.step == self.steps)
             batches = meter.waiting(loaded)
@@ -137,6 +143,8 @@ class Trainer:
                     with watchdog.step():
                         taken = self.train_step(batches, meter)
                     bar.update(self.step - bar.n)
+                    if taken and self.validation and self._due(cfg.validation.every) and not self.stop:
+                        self.validate(tracker)  # first, as it may decide that this step is the last
                     if taken and self._due(cfg.tracking.log_every):
                         tracker.log(line := self._log_line(meter, bar), step=self.step)
                         self.saver.note(line)
@@ -252,10 +260,20 @@ class Trainer:
 
     def _write_checkpoint(self, parts: Parts, *, required: bool) -> None:
         facts = self.state.facts() | {"samples_seen": self.state.batches * self.global_batch}
-        parts = {**parts, "data": {"digests": torch.from_numpy(self.data.digests)}}
+        parts = {**parts, "data": {name: torch.from_numpy(digests) for name, digests in self.data.sides.items()}}
+        if self.validation:
+            parts, facts = parts | self.validation.parts(), facts | self.validation.facts()
         self.saver.save(parts, facts | dataclasses.asdict(self.facts), required=required)
 
-    # -- samples -------------------------------------------------------------------------------------------------------
+    # -- validation and samples ----------------------------------------------------------------------------------------
+
+    def validate(self, tracker: tracking.Tracker) -> None:
+        """Measure the held-out loss of this step, unless it was before a resume. It may end the run: see `HeldOut`."""
+        if line := self.validation.measure(self):
+            tracker.log(line, step=self.step)
+            self.saver.note(line)
+        if self.validation.ends:
+            self.steps = self.step
 
     def pipeline(self) -> DiffusionPipeline:
         """The pipeline around the live modules (no copies). Inside `averaged_weights` it samples from the average."""
@@ -272,28 +290,9 @@ class Trainer:
         finally:
             self.modules.unet.train()
 
-    @torch.no_grad()
     def sample(self, *, again: bool = True) -> None:
-        """Draw samples/step-N.png (main process; the others wait). Touches no state of the training.
-
-        again: also if it is there. A signal interrupts it, and sets `stop`. One that cannot be written (OSError, such
-        as a full disk) ends the run if it is the last, which is exported. With FSDP2 all processes draw, as each of
-        them holds a share of the weights, and a signal waits.
-        """
-        main, shards = self.accelerator.is_main_process, self.accelerator.shards
-        wanted = int(largest(self.accelerator, main and (again or not self.sample_path.exists())))
-        if wanted and (main or shards):
-            with self.averaged_weights(), self.accelerator.autocast():
-                upscales = "low_res" in self.modules.conditioner.parts
-                shown = first_batch(self.data, self.cfg.sample.num_images) if upscales else None
-                with (
-                    surviving(f"samples at step {self.step}", required=self.step == self.steps),
-                    contextlib.suppress(Interrupted),
-                    contextlib.nullcontext() if shards else SIGNALS.interrupting(),
-                ):
-                    sample.draw_grid(self.pipeline(), self.cfg, self.sample_path if main else None, shown)
-        self.accelerator.wait_for_everyone()
-        self.stop = int(largest(self.accelerator, SIGNALS.received))
+        """Draw samples/step-N.png: see `previews.draw_samples`."""
+        draw_samples(self, again=again)
 
     def unshard(self) -> None:
         """After the training: with FSDP2, give the main process the whole weights that are exported, and no average."""
