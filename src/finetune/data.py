@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from finetune.buckets import BucketOrder, Buckets, fill, summary
 from finetune.config import Data, TrainConfig
 from finetune.config_choices import conditions
 from finetune.data_changes import fingerprint
@@ -48,7 +49,7 @@ class Sample:
     """Its number in the data set."""
 
     pixels: torch.Tensor
-    """[channels, resolution, resolution] float32 in [-1, 1]."""
+    """[channels, height, width] float32 in [-1, 1]."""
     caption: str | None
     label: int | None
     time_ids: tuple[int, ...]
@@ -70,6 +71,9 @@ class TrainData:
     """[n] int64: the numbers of the usable rows, ascending; of a stream, those that are not known to be unusable."""
     digests: np.ndarray
     """[rows found] int64: what identifies the images, captions and label of a row of `rows`; 0 for all others."""
+    sizes: np.ndarray
+    """[rows found, 2] int32: height and width of the image of a row of `rows`, in pixels; 0 for all others. Of a
+    stream, nothing."""
     fingerprint: str
     """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order; of a stream,
     wherever the same files are: by their footers and sizes."""
@@ -77,13 +81,34 @@ class TrainData:
     """Side of an image over that of the small image of data.low_res_column; 1 without one."""
     facts: dict[str, Any]
     """What a reader should know of the data; JSON's types only."""
+    buckets: Buckets | None = None
+    """The shapes of the training images; None: all are squares."""
 
     def __len__(self) -> int:
         """The number of samples of one epoch."""
         return len(self.rows)
 
+    def in_buckets(self, multiple: int) -> TrainData:
+        """The data with the buckets of data.buckets, if there are to be any, sides of which are multiples of `multiple`
+        (`modules.Modules.side_multiple`). Raises ConfigError or DataError: see `buckets.fill`.
+        """
+        if self.rules.buckets == "none":
+            return self
+        filled = fill(self.sizes, self.rows, self.rules, multiple=multiple)
+        found = summary(filled, self.sizes)
+        return replace(self, buckets=filled, facts=self.facts | {"buckets": found, "upscaled": found["upscaled"]})
+
+    def steps(self, epochs: int, *, global_batch: int) -> int:
+        """Optimizer steps after which each row has come `epochs` times, or more often."""
+        if self.buckets is not None:
+            return BucketOrder(self.buckets, seed=self.seed, global_batch=global_batch).steps(epochs)
+        return -(-epochs * len(self) // global_batch)
+
     def order(self, *, global_batch: int) -> Order:
-        """Which row comes when: of a stream as its row groups are read, else in one permutation of all."""
+        """Which row comes when: of a stream as its row groups are read, of buckets batch by batch, else in one
+        permutation of all."""
+        if self.buckets is not None:
+            return BucketOrder(self.buckets, seed=self.seed, global_batch=global_batch)
         if isinstance(self.rows, Units):
             buffer_size = self.table.dataset.buffer_size
             return UnitOrder(self.rows, seed=self.seed, buffer_size=buffer_size, global_batch=global_batch)
@@ -112,22 +137,29 @@ class TrainData:
         """What a message calls a row."""
         return self.table.name(self.table.read([row])[0])
 
-    def with_order_of(self, then: np.ndarray) -> TrainData:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps to tell what changed, and to go on in the same order."""
+        kept = {"digests": self.digests} if self.buckets is None else {"digests": self.digests, "sizes": self.sizes}
+        return {name: torch.from_numpy(values) for name, values in kept.items()}
+
+    def with_order_of(self, then: np.ndarray, sizes: np.ndarray | None = None) -> TrainData:
         """The data as a run goes on with it that began with the digests `then`; only for data.on_error skip.
 
+        sizes: those of then, [rows found, 2]; None if they were not kept.
         Rows that turned unusable since keep their places in the order, and are replaced when they are drawn; rows that
         were unusable then stay left out. No row may hold anything else (`data_changes.changes`).
         """
         now = self.digests
         assert len(then) == len(now) and ((then == now) | (then == 0) | (now == 0)).all()
-        return replace(self, rows=np.flatnonzero(then), digests=then, fingerprint=fingerprint(then))
+        sizes = self.sizes if sizes is None else sizes
+        return replace(self, rows=np.flatnonzero(then), digests=then, sizes=sizes, fingerprint=fingerprint(then))
 
     def samples(self, rows: Sequence[int], epochs: Sequence[int]) -> list[Sample]:
         """Make the sample of each row in its epoch.
 
-        A row that turned unusable since it was checked is a DataError; with data.on_error skip another row stands in
-        for it, which follows from (seed, epoch, row), so that every process and every resume makes the same of it.
-        Training says so once per row: see `report_replaced`.
+        A row that turned unusable since it was checked is a DataError; with data.on_error skip another row of its
+        bucket stands in for it, which follows from (seed, epoch, row), so that every process and every resume makes the
+        same of it. Training says so once per row: see `report_replaced`.
         """
         with strict_pillow():
             return [self._sample(row, int(e)) for row, e in zip(self.table.read(rows), epochs, strict=True)]
@@ -140,9 +172,10 @@ class TrainData:
             reason = f"{self.table.name(row)} {problem}{checked}"
         if self.rules.on_error == "error":
             raise DataError(reason)
+        alike = self.rows if self.buckets is None else self.buckets.rows[self.buckets.of_row[row.number]]
         for attempt in range(REPLACEMENTS):
-            drawn = key(self.seed, "replacement", epoch, row.number, attempt) % len(self.rows)
-            other = int(self.rows[drawn])
+            drawn = key(self.seed, "replacement", epoch, row.number, attempt) % len(alike)
+            other = int(alike[drawn])
             try:
                 made = self._made(self.table.read([other])[0], epoch)
             except BadRow:
@@ -155,7 +188,8 @@ class TrainData:
         small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
         options, label = self.table.captions(row), self.table.label(row)
         place = {"seed": self.seed, "epoch": epoch, "row": row.number}
-        made = prepare(image, self.rules, **place, small=small, factor=self.factor)
+        shape = None if self.buckets is None else self.buckets.shape(row.number)
+        made = prepare(image, self.rules, **place, shape=shape, small=small, factor=self.factor)
         caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]
         return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res)
 
@@ -201,8 +235,8 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
     report = check(table, numbers, rules, factor=factor, progress=progress)
     problems = _all_problems(source, report.bad)
     refuse_or_warn(problems, source.name, rules)
-    digests = np.zeros(len(table), np.int64)
-    digests[numbers] = report.digests
+    digests, sizes = np.zeros(len(table), np.int64), np.zeros((len(table), 2), np.int32)
+    digests[numbers], sizes[numbers] = report.digests, report.sizes
     usable = np.flatnonzero(digests)
     if not len(usable):
         raise DataError(f"{source.name} has no usable row")
@@ -213,6 +247,7 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
         seed=cfg.seed,
         rows=usable,
         digests=digests,
+        sizes=sizes,
         fingerprint=fingerprint(digests),
         factor=factor,
         facts=facts,
@@ -242,6 +277,7 @@ def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> 
         seed=cfg.seed,
         rows=rows,
         digests=np.zeros(0, np.int64),
+        sizes=np.zeros((0, 2), np.int32),
         fingerprint=content.hexdigest(),
         factor=factor,
         facts=facts,

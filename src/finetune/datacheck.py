@@ -35,7 +35,7 @@ from finetune.rows import Row, Rows, Unreadable
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a name must not forge lines of a report
 CHUNK = 32  # rows that one thread reads at a time
-VERSION = 3  # of what a check does and stores; raise it with either
+VERSION = 4  # of what a check does and stores; raise it with either
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +47,8 @@ class Report:
     """The rows that cannot be used."""
     digests: np.ndarray
     """[rows checked] int64: identifies images, captions and label of a usable row, wherever they are stored; else 0."""
+    sizes: np.ndarray
+    """[rows checked, 2] int32: height and width of the upright image of a usable row, in pixels; else 0."""
     facts: dict[str, Any]
     """Numbers about the usable rows, all of JSON's types."""
 
@@ -77,7 +79,9 @@ def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, prog
     checked = _check_all(rows, numbers, rules, factor, progress)
     good = [row for row in checked if not row.problem]
     digests = np.array([row.digest for row in checked], np.int64)
-    report = Report({row.number: row.problem for row in checked if row.problem}, digests, _facts(rows, good, rules))
+    sizes = np.array([row.size[::-1] for row in checked], np.int32).reshape(-1, 2)
+    bad = {row.number: row.problem for row in checked if row.problem}
+    report = Report(bad, digests, sizes, _facts(rows, good, rules))
     if not any(row.passing for row in checked):
         _store(entry, files, report)
     return report
@@ -192,8 +196,9 @@ def _load(entry: Path, files: str) -> Report | None:
     """The stored report, if it is whole and of files as they are now."""
     try:
         with safe_open(entry, framework="numpy") as stored:
-            known, digests = json.loads(stored.metadata()["report"]), stored.get_tensor("digests")
-        if fingerprint(digests) != known["fingerprint"]:
+            known = json.loads(stored.metadata()["report"])
+            digests, sizes = stored.get_tensor("digests"), stored.get_tensor("sizes")
+        if (fingerprint(digests), _digest(sizes.tobytes())) != (known["fingerprint"], known["sizes"]):
             raise ValueError("its content is not what was written")
     except FileNotFoundError:
         return None
@@ -201,7 +206,7 @@ def _load(entry: Path, files: str) -> Report | None:
         logger.warning("the stored check of the data, %s, cannot be read and is made anew: %s", entry, error)
         return None
     bad = {number: Problem(name, reason) for number, name, reason in known["bad"]}
-    return Report(bad, digests, known["facts"]) if known["files"] == files else None
+    return Report(bad, digests, sizes, known["facts"]) if known["files"] == files else None
 
 
 def _store(entry: Path, files: str, report: Report) -> None:
@@ -211,10 +216,12 @@ def _store(entry: Path, files: str, report: Report) -> None:
     """
     bad = [[number, *problem] for number, problem in report.bad.items()]
     known = {"bad": bad, "facts": report.facts, "files": files, "fingerprint": fingerprint(report.digests)}
+    known["sizes"] = _digest(report.sizes.tobytes())
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         aside = entry.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")
-        write(aside, [save({"digests": report.digests}, metadata={"report": json.dumps(known)})])
+        tensors = {"digests": report.digests, "sizes": report.sizes}
+        write(aside, [save(tensors, metadata={"report": json.dumps(known)})])
         aside.replace(entry)
     except OSError as error:
         logger.warning("the check of the data cannot be kept for the next run: %s", error)

@@ -22,6 +22,7 @@ def plan_text(trainer: Trainer) -> str:
     return table(
         {
             "data": data_line(trainer.data.facts, cfg),
+            "buckets": buckets_line(trainer.data.facts, trainer.global_batch),
             "classes": classes_line(trainer.data.facts),
             "space": f"{cfg.space.kind}, x0 {modules.space.channels}x{modules.space.size}x{modules.space.size}",
             "conditioning": conditioning_line(cfg),
@@ -75,11 +76,29 @@ def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
     width, height = facts["width"], facts["height"]
     smallest, largest = f"{width['min']}x{height['min']}", f"{width['max']}x{height['max']}"
     sizes = smallest if smallest == largest else f"{smallest} to {largest}"
-    parts.append(f"{sizes} -> {cfg.data.resolution}x{cfg.data.resolution}")
+    about = "about " if "buckets" in facts else ""
+    parts.append(f"{sizes} -> {about}{cfg.data.resolution}x{cfg.data.resolution}")
     if facts["upscaled"]:
         parts.append(f"{facts['upscaled']:,} upscaled")
     if "captions" in facts:
         parts.append(f"{facts['captions']['count']:,} captions ({facts['captions']['empty']:,} empty)")
+    return ", ".join(parts)
+
+
+def buckets_line(facts: Mapping[str, Any], global_batch: int) -> str:
+    """How many shapes, how much of the images they leave, and which are smaller than a batch; empty without buckets."""
+    found = facts.get("buckets")
+    if not found:
+        return ""
+    images, cropped = found["images"], found["cropped"]
+    widest = max(images, key=lambda shape: int(shape.partition("x")[0]))
+    tallest = max(images, key=lambda shape: int(shape.partition("x")[2]))
+    parts = [f"{len(images)} of {found['step']}-pixel steps, {tallest} to {widest}"]
+    parts.append(f"{cropped['mean']:.1%} cropped on average, {cropped['max']:.1%} at most")
+    fewest = min(images, key=images.get)
+    parts.append(f"fewest images: {images[fewest]:,} in {fewest}")
+    if small := sum(count < global_batch for count in images.values()):
+        parts.append(f"{small} hold{'s' * (small == 1)} less than a batch, so some images twice in one")
     return ", ".join(parts)
 
 

@@ -81,11 +81,12 @@ def as_the_run_began(data: TrainData, found: Checkpoint | None, accelerator: Acc
     of two processes. Raises DataError if the processes see different data.
     """
     if found is not None:
-        began = found.tensors("data")["digests"].numpy()
+        kept = found.tensors("data")
+        began, sizes = kept["digests"].numpy(), kept["sizes"].numpy() if "sizes" in kept else None
     else:
-        [began] = broadcast_object_list([data.digests])
+        began, sizes = broadcast_object_list([data.digests, data.sizes])
     if len(data.digests) and data.rules.on_error == "skip" and changes_of_rows(began, data.digests).only_unusable:
-        data = data.with_order_of(began)
+        data = data.with_order_of(began, sizes)
     if len(set(gather_object([data.fingerprint]))) > 1:
         raise DataError(
             "the processes see different data: give them the same files, or name a commit as data.revision; see that "

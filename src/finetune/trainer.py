@@ -80,11 +80,12 @@ class Trainer:
         self.data = as_the_run_began(data, found, self.accelerator)
         self.replaced: set[int] = set()
         """Rows of which it was said that others stand in for them."""
-        self.steps = cfg.train.max_train_steps or math.ceil(
-            cfg.train.num_train_epochs * len(self.data) / self.global_batch
-        )
         self.modules = build_modules(
             cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
+        )
+        self.data = self.data.in_buckets(self.modules.side_multiple)
+        self.steps = cfg.train.max_train_steps or self.data.steps(
+            cfg.train.num_train_epochs, global_batch=self.global_batch
         )
         self.parameters = self.modules.trained
         optimizer = build_optimizer(cfg.optimizer, self.parameters.values())
@@ -244,7 +245,7 @@ class Trainer:
 
     def _write_checkpoint(self, *, required: bool) -> None:
         facts = self.state.facts() | {"samples_seen": self.state.batches * self.global_batch}
-        parts = self.state.parts() | {"data": {"digests": torch.from_numpy(self.data.digests)}}
+        parts = self.state.parts() | {"data": self.data.tensors()}
         self.saver.save(parts, facts | dataclasses.asdict(self.facts), required=required)
 
     # -- samples -------------------------------------------------------------------------------------------------------
