@@ -383,10 +383,10 @@ def test_the_report(caplog):
         "upscaled": 1,
     }
     assert buckets_line(data.facts, 8) == (
-        "3 of 4-pixel steps, 28x36 to 36x28, 0.0% cropped on average, 0.0% at most, fewest images: 1 in 32x32, 2 hold "
-        "less than a batch, so some images twice in one"
+        "3 from 28x36 to 36x28 by 4, 0.0% cropped (0.0% at most), fewest images 1 (32x32); 2 with less than a batch, "
+        "which then repeats some"
     )
-    assert "twice" not in buckets_line(data.facts, 1) and buckets_line({}, 8) == ""
+    assert "less" not in buckets_line(data.facts, 1) and buckets_line({}, 8) == ""
     assert "-> about 32x32, 1 upscaled" in data_line(data.facts, cfg)
 
 

@@ -86,20 +86,19 @@ def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
 
 
 def buckets_line(facts: Mapping[str, Any], global_batch: int) -> str:
-    """How many shapes, how much of the images they leave, and which are smaller than a batch; empty without buckets."""
+    """How many shapes, how much of the images they cut off, how many are smaller than a batch; empty without."""
     found = facts.get("buckets")
     if not found:
         return ""
     images, cropped = found["images"], found["cropped"]
-    widest = max(images, key=lambda shape: int(shape.partition("x")[0]))
-    tallest = max(images, key=lambda shape: int(shape.partition("x")[2]))
-    parts = [f"{len(images)} of {found['step']}-pixel steps, {tallest} to {widest}"]
-    parts.append(f"{cropped['mean']:.1%} cropped on average, {cropped['max']:.1%} at most")
-    fewest = min(images, key=images.get)
-    parts.append(f"fewest images: {images[fewest]:,} in {fewest}")
+    shapes, fewest = list(images), min(images, key=images.get)
+    line = (
+        f"{len(images)} from {shapes[-1]} to {shapes[0]} by {found['step']}, {cropped['mean']:.1%} cropped "
+        f"({cropped['max']:.1%} at most), fewest images {images[fewest]:,} ({fewest})"
+    )
     if small := sum(count < global_batch for count in images.values()):
-        parts.append(f"{small} hold{'s' * (small == 1)} less than a batch, so some images twice in one")
-    return ", ".join(parts)
+        line += f"; {small} with less than a batch, which then repeats some"
+    return line
 
 
 def classes_line(facts: Mapping[str, Any], *, most: int = 8) -> str:
