@@ -24,7 +24,7 @@ LAYERS = [
     {"checkpoint", "retention"},
     {"provenance", "lock", "optimization", "pretrained", "folder", "metadata", "images", "iddpm_unet"},
     {"ema", "grids", "small_images"},
-    {"order", "shards", "rows", "sources", "datacheck", "data"},
+    {"order", "buckets", "shards", "rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},
     {"processes", "identity"},
     {"space", "conditions", "text_conditions", "conditioning", "model_fit"},

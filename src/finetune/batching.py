@@ -1,10 +1,10 @@
 """Samples -> batches: which sample comes when, who makes it, and how the loader's processes behave.
 
 Position p of the run (counting samples from 0) holds the row that comes at p % n in epoch p // n, where n is the number
-of usable rows (see order.py). Optimizer step s takes the positions s*G .. s*G + G-1 of the global batch G =
-accumulation * world_size * micro_batch, whoever computes them: micro-step a of process r takes the micro_batch
-positions from s*G + (a * world_size + r) * micro_batch. So every row comes exactly once per epoch, batches run on
-across the end of an epoch, and a run goes on from any step.
+of usable rows (see order.py; of buckets, see buckets.py). Optimizer step s takes the positions s*G .. s*G + G-1 of the
+global batch G = accumulation * world_size * micro_batch, whoever computes them: micro-step a of process r takes the
+micro_batch positions from s*G + (a * world_size + r) * micro_batch. So every row comes exactly once per epoch, batches
+run on across the end of an epoch, and a run goes on from any step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Batch:
     """One micro-batch of one process."""
 
     pixel_values: torch.Tensor
-    """[B, channels, resolution, resolution] float32 in [-1, 1]."""
+    """[B, channels, height, width] float32 in [-1, 1]."""
     captions: list[str] | None
     class_labels: torch.Tensor | None
     """[B] int64."""
@@ -99,8 +99,7 @@ class EndlessSampler(Sampler[list[Place]]):
             micro_step += 1
 
     def _place(self, position: int) -> Place:
-        epoch, index = divmod(position, len(self.order))
-        return position, epoch, self.order.row_at(epoch, index)
+        return position, *self.order.place(position)
 
 
 def collate(samples: list[tuple[Place, Sample]]) -> Batch:

@@ -199,7 +199,7 @@ def _data_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
         several = f"{sizes['min']} to {sizes['max']}, median {sizes['median']}"
         rows[side] = f"{sizes['min'] if sizes['min'] == sizes['max'] else several} pixels"
     if facts.get("upscaled"):
-        rows["upscaled"] = f"{facts['upscaled']:,}, as they are smaller than the resolution"
+        rows["upscaled"] = f"{facts['upscaled']:,}, as they are smaller than what is trained on"
     if classes := facts.get("classes"):
         shown = ", ".join(f"{prose(name)} ({count:,})" for name, count in list(classes.items())[:_MOST_NAMES])
         rows["classes"] = f"{len(classes)}: {shown}" + (", …" if len(classes) > _MOST_NAMES else "")
@@ -207,7 +207,8 @@ def _data_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
         rows["captions"] = f"{captions['count']:,}, {captions['different']:,} different, {captions['empty']:,} empty"
     centred = cfg.data.center_crop or cfg.data.preparation == "iddpm"
     crop, flip = "centre crop" if centred else "random crop", ", random flip" * cfg.data.random_flip
-    rows["prepared as"] = f"{cfg.data.resolution}×{cfg.data.resolution}, {crop}{flip}"
+    about = f"{len(facts['buckets']['images'])} shapes of about " if "buckets" in facts else ""
+    rows["prepared as"] = f"{about}{cfg.data.resolution}×{cfg.data.resolution}, {crop}{flip}"
     if "data_fingerprint" in run:
         rows["fingerprint"] = code(run["data_fingerprint"])
     return rows

@@ -252,6 +252,8 @@ class TrainConfig:
         data = self.data
         asked = self.sample.prompts or self.sample.class_labels
         yield from low_res_contradictions(parts, data.resolution, data.low_res_column, data.preparation, bool(asked))
+        if data.buckets != "none" and "low_res" in parts:
+            yield "data.buckets", "the small images of conditioning low_res are square: set data.buckets none"
         wanted = max(len(self.sample.prompts), len(self.sample.class_labels))
         if wanted > self.sample.num_images:
             yield "sample.num_images", f"{self.sample.num_images} cannot show {wanted} prompts or labels: raise it"

@@ -44,7 +44,20 @@ class Data:
     max_train_samples: Count | None = None
     """Use only this many rows, drawn by the seed; streaming: whole row groups, of the last one a part."""
     resolution: Count
-    """Side of the square training image, in pixels."""
+    """Side of the square training image, in pixels; with buckets, the square has about as many pixels as each shape."""
+    buckets: Literal["none", "auto"] = "none"
+    """Shapes of the training images. none: the square; auto: all that have resolution^2 pixels up to a tenth more or
+    less. Each image comes in the one that crops it least, each global batch is of one shape."""
+    bucket_step: Count | None = None
+    """Sides of the buckets are multiples of this, in pixels; it divides the resolution, and VAE and UNet can reduce it.
+    Unset: the smallest from a 16th of the resolution (64 at 1024, as in SDXL). Larger: fewer buckets, larger crops."""
+    bucket_min_side: Count | None = None
+    """Shortest side of a bucket, in pixels (unset: half the resolution)."""
+    bucket_max_side: Count | None = None
+    """Longest side of a bucket, in pixels (unset: twice the resolution; both as in SDXL, Podell et al. 2023)."""
+    bucket_upscale: bool = True
+    """Enlarge an image that is smaller than its bucket; false: it comes in a smaller bucket of its own size, each side
+    rounded down to a multiple of the step (bucket_min_side does not count for it)."""
     channels: Literal[1, 3] = 3
     """Colour channels of the training image: 3 (RGB) or 1 (grey)."""
     center_crop: bool = False
@@ -80,7 +93,36 @@ class Data:
                 f"data.image_interpolation_mode is {self.image_interpolation_mode}, but data.preparation iddpm has its "
                 "own filters (box, then bicubic): remove one of them"
             )
+        self._refuse_what_has_no_buckets()
         self._refuse_what_does_not_stream()
+
+    def _refuse_what_has_no_buckets(self) -> None:
+        if self.buckets == "none":
+            names = ("bucket_step", "bucket_min_side", "bucket_max_side")
+            given = [name for name in names if getattr(self, name) is not None]
+            for name in given + ["bucket_upscale"] * (not self.bucket_upscale):
+                raise ValueError(
+                    f"data.{name} is {getattr(self, name)}, but all images are {self.resolution}x{self.resolution}: "
+                    "remove it, or set data.buckets auto"
+                )
+            return
+        if self.preparation == "iddpm":
+            raise ValueError("data.preparation iddpm crops a square: remove it, or data.buckets")
+        if self.shortest_side > self.resolution or self.longest_side < self.resolution:
+            raise ValueError(
+                f"data.resolution {self.resolution} must lie between data.bucket_min_side ({self.shortest_side}) and "
+                f"data.bucket_max_side ({self.longest_side}), as the square is one of the buckets: change one of them"
+            )
+
+    @property
+    def shortest_side(self) -> int:
+        """Of a bucket, in pixels."""
+        return self.bucket_min_side or self.resolution // 2
+
+    @property
+    def longest_side(self) -> int:
+        """Of a bucket, in pixels."""
+        return self.bucket_max_side or 2 * self.resolution
 
     def _refuse_what_does_not_stream(self) -> None:
         if not self.streaming:
@@ -90,6 +132,11 @@ class Data:
                     "one permutation of all rows: remove it, or set data.streaming true"
                 )
             return
+        if self.buckets != "none":
+            raise ValueError(
+                "data.buckets auto needs the sizes of all images before training, which data.streaming does not read: "
+                "remove data.streaming, or data.buckets"
+            )
         if self.train_data_dir is not None:
             raise ValueError(
                 f"data.train_data_dir ({self.train_data_dir}) is a folder of images, but data.streaming reads Parquet "

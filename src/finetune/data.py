@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from finetune.buckets import BucketOrder, Buckets, fill, summary
 from finetune.config import Data, TrainConfig
 from finetune.config_choices import conditions
 from finetune.data_changes import fingerprint
@@ -48,7 +49,7 @@ class Sample:
     """Its number in the data set."""
 
     pixels: torch.Tensor
-    """[channels, resolution, resolution] float32 in [-1, 1]."""
+    """[channels, height, width] float32 in [-1, 1]."""
     caption: str | None
     label: int | None
     time_ids: tuple[int, ...]
@@ -73,6 +74,9 @@ class TrainData:
     image_digests: np.ndarray
     """[rows found] int64: what identifies the stored bytes of the image of a usable row, and nothing else; 0 for all
     others; of a stream, empty."""
+    sizes: np.ndarray
+    """[rows found, 2] int32: height and width of the image of a row of `rows`, in pixels; 0 for all others. Of a
+    stream, nothing."""
     fingerprint: str
     """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order; of a stream,
     wherever the same files are: by their footers and sizes."""
@@ -82,13 +86,34 @@ class TrainData:
     """What a reader should know of the data; JSON's types only."""
     held_out: TrainData | None = None
     """The rows that are kept from training, none of which is among `rows`; cropped at the centre, not mirrored."""
+    buckets: Buckets | None = None
+    """The shapes of the training images; None: all are squares."""
 
     def __len__(self) -> int:
         """The number of samples of one epoch."""
         return len(self.rows)
 
+    def in_buckets(self, multiple: int) -> TrainData:
+        """The data with the buckets of data.buckets, if there are to be any, sides of which are multiples of `multiple`
+        (`modules.Modules.side_multiple`). Raises ConfigError or DataError: see `buckets.fill`.
+        """
+        if self.rules.buckets == "none":
+            return self
+        filled = fill(self.sizes, self.rows, self.rules, multiple=multiple)
+        found = summary(filled, self.sizes)
+        return replace(self, buckets=filled, facts=self.facts | {"buckets": found, "upscaled": found["upscaled"]})
+
+    def steps(self, epochs: int, *, global_batch: int) -> int:
+        """Optimizer steps after which each row has come `epochs` times, or more often."""
+        if self.buckets is not None:
+            return BucketOrder(self.buckets, seed=self.seed, global_batch=global_batch).steps(epochs)
+        return -(-epochs * len(self) // global_batch)
+
     def order(self, *, global_batch: int) -> Order:
-        """Which row comes when: of a stream as its row groups are read, else in one permutation of all."""
+        """Which row comes when: of a stream as its row groups are read, of buckets batch by batch, else in one
+        permutation of all."""
+        if self.buckets is not None:
+            return BucketOrder(self.buckets, seed=self.seed, global_batch=global_batch)
         if isinstance(self.rows, Units):
             buffer_size = self.table.dataset.buffer_size
             return UnitOrder(self.rows, seed=self.seed, buffer_size=buffer_size, global_batch=global_batch)
@@ -103,10 +128,11 @@ class TrainData:
         return hashlib.blake2b(self.fingerprint.encode() + where + beside, digest_size=16).hexdigest()
 
     @property
-    def sides(self) -> dict[str, np.ndarray]:
-        """The digests of the training rows and, under "held_out", of those held out, as a checkpoint keeps them; no row
-        is in both."""
-        return {"digests": self.digests} | ({} if self.held_out is None else {"held_out": self.held_out.digests})
+    def kept(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps, to tell what changed and to go on in the same order: the digests of the rows that
+        are trained on and, under "held_out", of those that are not; of buckets, the sizes too."""
+        kept = {"digests": self.digests} | ({} if self.held_out is None else {"held_out": self.held_out.digests})
+        return kept | ({} if self.rules.buckets == "none" else {"sizes": self.sizes})
 
     @property
     def class_names(self) -> list[str] | None:
@@ -125,18 +151,18 @@ class TrainData:
         """What a message calls a row."""
         return self.table.name(self.table.read([row])[0])
 
-    def with_order_of(self, then: np.ndarray, held_out: np.ndarray | None = None) -> TrainData:
-        """The data as a run goes on with it that began with the digests `then`; only for data.on_error skip.
-
-        held_out: those of the rows that were held out.
+    def with_order_of(self, then: Mapping[str, np.ndarray]) -> TrainData:
+        """The data as a run goes on with it that began with `then`, its `kept`; only for data.on_error skip.
 
         Rows that turned unusable since keep their places in the order, and are replaced when they are drawn; rows that
         were unusable then stay left out. No row may hold anything else (`data_changes.changes`).
         """
-        now = self.digests
-        assert len(then) == len(now) and ((then == now) | (then == 0) | (now == 0)).all()
-        beside = self.held_out if held_out is None else self.held_out.with_order_of(held_out)
-        return replace(self, rows=np.flatnonzero(then), digests=then, fingerprint=fingerprint(then), held_out=beside)
+        digests, now = then["digests"], self.digests
+        assert len(digests) == len(now) and ((digests == now) | (digests == 0) | (now == 0)).all()
+        known = {"rows": np.flatnonzero(digests), "digests": digests, "fingerprint": fingerprint(digests)}
+        if self.held_out is not None:
+            known["held_out"] = self.held_out.with_order_of({"digests": then["held_out"]})
+        return replace(self, **known, sizes=then.get("sizes", self.sizes))
 
     def holding_out(self, share: float) -> TrainData:
         """These data without the rows whose image is held out, which become `held_out`.
@@ -164,9 +190,9 @@ class TrainData:
     def samples(self, rows: Sequence[int], epochs: Sequence[int]) -> list[Sample]:
         """Make the sample of each row in its epoch.
 
-        A row that turned unusable since it was checked is a DataError; with data.on_error skip another row stands in
-        for it, which follows from (seed, epoch, row), so that every process and every resume makes the same of it.
-        Training says so once per row: see `report_replaced`.
+        A row that turned unusable since it was checked is a DataError; with data.on_error skip another row of its
+        bucket stands in for it, which follows from (seed, epoch, row), so that every process and every resume makes the
+        same of it. Training says so once per row: see `report_replaced`.
         """
         with strict_pillow():
             return [self._sample(row, int(e)) for row, e in zip(self.table.read(rows), epochs, strict=True)]
@@ -179,9 +205,10 @@ class TrainData:
             reason = f"{self.table.name(row)} {problem}{checked}"
         if self.rules.on_error == "error":
             raise DataError(reason)
+        alike = self.rows if self.buckets is None else self.buckets.rows[self.buckets.of_row[row.number]]
         for attempt in range(REPLACEMENTS):
-            drawn = key(self.seed, "replacement", epoch, row.number, attempt) % len(self.rows)
-            other = int(self.rows[drawn])
+            drawn = key(self.seed, "replacement", epoch, row.number, attempt) % len(alike)
+            other = int(alike[drawn])
             try:
                 made = self._made(self.table.read([other])[0], epoch)
             except BadRow:
@@ -194,7 +221,8 @@ class TrainData:
         small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
         options, label = self.table.captions(row), self.table.label(row)
         place = {"seed": self.seed, "epoch": epoch, "row": row.number}
-        made = prepare(image, self.rules, **place, small=small, factor=self.factor)
+        shape = None if self.buckets is None else self.buckets.shape(row.number)
+        made = prepare(image, self.rules, **place, shape=shape, small=small, factor=self.factor)
         caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]
         return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res)
 
@@ -241,7 +269,9 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
     problems = _all_problems(source, report.bad)
     refuse_or_warn(problems, source.name, rules)
     digests, image_digests = np.zeros((2, len(table)), np.int64)
+    sizes = np.zeros((len(table), 2), np.int32)
     digests[numbers], image_digests[numbers] = report.digests, report.image_digests
+    sizes[numbers] = report.sizes
     usable = np.flatnonzero(digests)
     if not len(usable):
         raise DataError(f"{source.name} has no usable row")
@@ -253,6 +283,7 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
         rows=usable,
         digests=digests,
         image_digests=image_digests,
+        sizes=sizes,
         fingerprint=fingerprint(digests),
         factor=factor,
         facts=facts,
@@ -284,6 +315,7 @@ def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> 
         rows=rows,
         digests=np.zeros(0, np.int64),
         image_digests=np.zeros(0, np.int64),
+        sizes=np.zeros((0, 2), np.int32),
         fingerprint=content.hexdigest(),
         factor=factor,
         facts=facts,

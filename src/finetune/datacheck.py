@@ -26,7 +26,6 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from finetune.config import Data
-from finetune.data_changes import fingerprint
 from finetune.durable import write
 from finetune.errors import DataError
 from finetune.folder import MOST_LISTED, Problem
@@ -49,6 +48,8 @@ class Report:
     """[rows checked] int64: identifies images, captions and label of a usable row, wherever they are stored; else 0."""
     image_digests: np.ndarray
     """[rows checked] int64: identifies the stored bytes of the image alone; 0 for a row that cannot be used."""
+    sizes: np.ndarray
+    """[rows checked, 2] int32: height and width of the upright image of a usable row, in pixels; else 0."""
     facts: dict[str, Any]
     """Numbers about the usable rows, all of JSON's types."""
 
@@ -82,7 +83,8 @@ def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, prog
     bad = {row.number: row.problem for row in checked if row.problem}
     digests = np.array([row.digest for row in checked], np.int64)
     image_digests = np.array([row.image_digest for row in checked], np.int64)
-    report = Report(bad, digests, image_digests, _facts(rows, good, rules))
+    sizes = np.array([row.size[::-1] for row in checked], np.int32).reshape(-1, 2)
+    report = Report(bad, digests, image_digests, sizes, _facts(rows, good, rules))
     if not any(row.passing for row in checked):
         _store(entry, files, report)
     return report
@@ -198,8 +200,8 @@ def _load(entry: Path, files: str) -> Report | None:
     try:
         with safe_open(entry, framework="numpy") as stored:
             known = json.loads(stored.metadata()["report"])
-            digests, image_digests = stored.get_tensor("digests"), stored.get_tensor("images")
-        if [fingerprint(digests), fingerprint(image_digests)] != known["fingerprints"]:
+            arrays = [stored.get_tensor(name) for name in ("digests", "images", "sizes")]
+        if [_digest(array.tobytes()) for array in arrays] != known["contents"]:
             raise ValueError("its content is not what was written")
     except FileNotFoundError:
         return None
@@ -207,7 +209,7 @@ def _load(entry: Path, files: str) -> Report | None:
         logger.warning("the stored check of the data, %s, cannot be read and is made anew: %s", entry, error)
         return None
     bad = {number: Problem(name, reason) for number, name, reason in known["bad"]}
-    return Report(bad, digests, image_digests, known["facts"]) if known["files"] == files else None
+    return Report(bad, *arrays, known["facts"]) if known["files"] == files else None
 
 
 def _store(entry: Path, files: str, report: Report) -> None:
@@ -216,9 +218,9 @@ def _store(entry: Path, files: str, report: Report) -> None:
     files: as they were before they were read, so that one that changes meanwhile is checked again by the next run.
     """
     bad = [[number, *problem] for number, problem in report.bad.items()]
-    fingerprints = [fingerprint(report.digests), fingerprint(report.image_digests)]
-    known = {"bad": bad, "facts": report.facts, "files": files, "fingerprints": fingerprints}
-    tensors = {"digests": report.digests, "images": report.image_digests}
+    tensors = {"digests": report.digests, "images": report.image_digests, "sizes": report.sizes}
+    contents = [_digest(array.tobytes()) for array in tensors.values()]
+    known = {"bad": bad, "facts": report.facts, "files": files, "contents": contents}
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         aside = entry.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")

@@ -30,6 +30,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("train.mixed_precision", "asked"),
     ("data.content", "asked"),
     ("data.resolution", "asked"),
+    ("data.bucket*", "asked"),
     ("data.center_crop", "asked"),
     ("data.random_flip", "asked"),
     ("data.image_interpolation_mode", "asked"),

@@ -52,6 +52,11 @@ class Modules:
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.unet.modules())
 
     @property
+    def side_multiple(self) -> int:
+        """What the sides of a training image must be multiples of, in pixels: VAE and UNet reduce them by it."""
+        return self.space.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @property
     def parameters_frozen(self) -> int:
         """Parameters of the VAE and the text encoders."""
         return self.space.parameters_frozen + self.conditioner.parameters_frozen

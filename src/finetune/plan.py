@@ -22,6 +22,7 @@ def plan_text(trainer: Trainer) -> str:
     return table(
         {
             "data": data_line(trainer.data.facts, cfg),
+            "buckets": buckets_line(trainer.data.facts, trainer.global_batch),
             "classes": classes_line(trainer.data.facts),
             "space": f"{cfg.space.kind}, x0 {modules.space.channels}x{modules.space.size}x{modules.space.size}",
             "conditioning": conditioning_line(cfg),
@@ -77,12 +78,29 @@ def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
     width, height = facts["width"], facts["height"]
     smallest, largest = f"{width['min']}x{height['min']}", f"{width['max']}x{height['max']}"
     sizes = smallest if smallest == largest else f"{smallest} to {largest}"
-    parts.append(f"{sizes} -> {cfg.data.resolution}x{cfg.data.resolution}")
+    about = "about " if "buckets" in facts else ""
+    parts.append(f"{sizes} -> {about}{cfg.data.resolution}x{cfg.data.resolution}")
     if facts["upscaled"]:
         parts.append(f"{facts['upscaled']:,} upscaled")
     if "captions" in facts:
         parts.append(f"{facts['captions']['count']:,} captions ({facts['captions']['empty']:,} empty)")
     return ", ".join(parts)
+
+
+def buckets_line(facts: Mapping[str, Any], global_batch: int) -> str:
+    """How many shapes, how much of the images they cut off, how many are smaller than a batch; empty without."""
+    found = facts.get("buckets")
+    if not found:
+        return ""
+    images, cropped = found["images"], found["cropped"]
+    shapes, fewest = list(images), min(images, key=images.get)
+    line = (
+        f"{len(images)} from {shapes[-1]} to {shapes[0]} by {found['step']}, {cropped['mean']:.1%} cropped "
+        f"({cropped['max']:.1%} at most), fewest images {images[fewest]:,} ({fewest})"
+    )
+    if small := sum(count < global_batch for count in images.values()):
+        line += f"; {small} with less than a batch, which then repeats some"
+    return line
 
 
 def classes_line(facts: Mapping[str, Any], *, most: int = 8) -> str:

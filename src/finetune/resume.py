@@ -82,11 +82,11 @@ def as_the_run_began(data: TrainData, found: Checkpoint | None, accelerator: Acc
     of two processes. Raises DataError if the processes see different data.
     """
     if found is not None:
-        began = _sides(found)
+        began = _kept(found)
     else:
-        [began] = broadcast_object_list([data.sides])
-    if len(data.digests) and data.rules.on_error == "skip" and _only_unusable(began, data.sides):
-        data = data.with_order_of(began["digests"], began.get("held_out"))
+        [began] = broadcast_object_list([data.kept])
+    if len(data.digests) and data.rules.on_error == "skip" and _only_unusable(began, data.kept):
+        data = data.with_order_of(began)
     if len(set(gather_object([data.content]))) > 1:
         raise DataError(
             "the processes see different data: give them the same files, or name a commit as data.revision; see that "
@@ -95,14 +95,14 @@ def as_the_run_began(data: TrainData, found: Checkpoint | None, accelerator: Acc
     return data
 
 
-def _sides(found: Checkpoint) -> dict[str, np.ndarray]:
-    """`TrainData.sides` of the run that wrote a checkpoint."""
-    return {name: digests.numpy() for name, digests in found.tensors("data").items()}
+def _kept(found: Checkpoint) -> dict[str, np.ndarray]:
+    """`TrainData.kept` of the run that wrote a checkpoint."""
+    return {name: values.numpy() for name, values in found.tensors("data").items()}
 
 
-def _all(sides: Mapping[str, np.ndarray]) -> np.ndarray:
+def _all(kept: Mapping[str, np.ndarray]) -> np.ndarray:
     """The digests of all rows, whichever side they are on."""
-    return np.sum(list(sides.values()), axis=0)
+    return kept["digests"] + kept.get("held_out", 0)
 
 
 def _only_unusable(began: Mapping[str, np.ndarray], now: Mapping[str, np.ndarray]) -> bool:
@@ -177,7 +177,7 @@ def _refusal(path: Path, differ: Changes, then: RunFacts, now: RunFacts) -> str:
 def _rows_in_words(found: Checkpoint, data: TrainData, differ: Changes) -> str:
     """Which rows are other ones, where that is not because other data or other rows of them were asked for."""
     names = [*differ.fixed, *differ.asked, *differ.allowed, *differ.free]
-    rows = changes_of_rows(_all(_sides(found)), _all(data.sides))
+    rows = changes_of_rows(_all(_kept(found)), _all(data.kept))
     if not rows or [name for name in names if name.startswith("data.")] != ["data.content"]:
         return ""
     return f"\nThe data: {rows.text(data.name)}."

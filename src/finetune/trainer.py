@@ -83,11 +83,12 @@ class Trainer:
         self.data = as_the_run_began(data, found, self.accelerator)
         self.replaced: set[int] = set()
         """Rows of which it was said that others stand in for them."""
-        self.steps = cfg.train.max_train_steps or math.ceil(
-            cfg.train.num_train_epochs * len(self.data) / self.global_batch
-        )
         self.modules = build_modules(
             cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
+        )
+        self.data = self.data.in_buckets(self.modules.side_multiple)
+        self.steps = cfg.train.max_train_steps or self.data.steps(
+            cfg.train.num_train_epochs, global_batch=self.global_batch
         )
         optimizer = build_optimizer(cfg.optimizer, self.modules.trained.values())
         self.learning_rate = learning_rate(cfg.optimizer, self.steps)
@@ -260,7 +261,7 @@ class Trainer:
 
     def _write_checkpoint(self, parts: Parts, *, required: bool) -> None:
         facts = self.state.facts() | {"samples_seen": self.state.batches * self.global_batch}
-        parts = {**parts, "data": {name: torch.from_numpy(digests) for name, digests in self.data.sides.items()}}
+        parts = {**parts, "data": {name: torch.from_numpy(values) for name, values in self.data.kept.items()}}
         if self.validation:
             parts, facts = parts | self.validation.parts(), facts | self.validation.facts()
         self.saver.save(parts, facts | dataclasses.asdict(self.facts), required=required)

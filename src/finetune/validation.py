@@ -1,9 +1,9 @@
 """The loss of images that are not trained on, with the same noise and levels each time, and whether it turns up.
 
 Each image is measured by itself, at `levels` noise levels at a time, by the weights that are sampled and exported: in
-evaluation mode, cropped at the centre, not mirrored, its condition never dropped, weighted as in training. What is
-drawn for it (noise, level, posterior sample) follows from the seed and its bytes: so its loss depends neither on the
-other images nor on the number of processes, and between two measurements nothing but the weights differs.
+evaluation mode, cropped to a square at the centre, not mirrored, its condition never dropped, weighted as in training.
+What is drawn for it (noise, level, posterior sample) follows from the seed and its bytes: so its loss depends neither
+on the other images nor on the number of processes, and between two measurements nothing but the weights differs.
 
 Two measurements are compared image by image: the standard error of the mean difference is far below that of either
 mean, because images differ much more from each other than one does from itself. A level that objective.levels
@@ -77,7 +77,7 @@ class HeldOut:
     def __init__(self, data: TrainData, cfg: Validation) -> None:
         """data: with rows held out."""
         self.cfg = cfg
-        trained = replace(data, rules=data.held_out.rules)
+        trained = replace(data, rules=data.held_out.rules, buckets=None)
         self._sides = {"validation": data.held_out, "train_validation": trained}
         self.rows = [_first_of_each_image(side, cfg.max_images) for side in self._sides.values()]
         """The rows that are measured: held out, and trained on."""
