@@ -74,10 +74,13 @@ def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, prog
     entry, files = _cache_entry(rows, numbers, rules, factor), _files_digest(rows, numbers)
     if known := _load(entry, files):
         return known
-    checked = _check_all(rows, numbers, rules, factor, progress)
+    same = numbers if rows.subsets is None else rows.subsets.first[numbers]  # a repeated image is decoded once
+    _, once, back = np.unique(same, return_index=True, return_inverse=True)
+    checked = _check_all(rows, numbers[once], rules, factor, progress)
     good = [row for row in checked if not row.problem]
-    digests = np.array([row.digest for row in checked], np.int64)
-    report = Report({row.number: row.problem for row in checked if row.problem}, digests, _facts(rows, good, rules))
+    digests = np.array([row.digest for row in checked], np.int64)[back]
+    facts = _facts(rows, good, rules) | {"rows": int(np.count_nonzero(digests))}
+    report = Report({row.number: row.problem for row in checked if row.problem}, digests, facts)
     if not any(row.passing for row in checked):
         _store(entry, files, report)
     return report
@@ -150,6 +153,12 @@ def _facts(rows: Rows, good: list[_Checked], rules: Data) -> dict[str, Any]:
             "empty": lengths.count(0),
             "characters": {"min": min(lengths), "median": statistics.median_low(lengths), "max": max(lengths)},
         }
+    if rows.subsets is not None:
+        counts = Counter(int(rows.subsets.of[row.number]) for row in good)
+        parts = zip(rows.subsets.names, rows.subsets.repeats, strict=True)
+        facts["subsets"] = [
+            {"name": name, "images": counts[part], "repeats": repeats} for part, (name, repeats) in enumerate(parts)
+        ]
     if rows.class_names is not None:
         counts = Counter(row.label for row in good)
         facts["classes"] = {name: counts[index] for index, name in enumerate(rows.class_names)}
@@ -183,6 +192,7 @@ def _cache_entry(rows: Rows, numbers: np.ndarray, rules: Data, factor: int) -> P
         VERSION, PIL.__version__, rows.dataset._fingerprint, rows.folders, rows.image_column, rows.caption_columns,
         rows.label_column, rows.class_names, settings, rules.max_aspect_ratio, _digest(numbers.tobytes()),
         rows.low_res_column, factor, rows.label_from_filename,
+        *(() if rows.subsets is None else (rows.subsets.names, rows.subsets.repeats, rows.subsets.wording)),
     )  # fmt: skip
     name = f"{_digest(repr(what).encode())}.safetensors"
     return Path(datasets.config.HF_CACHE_HOME) / "finetune" / "datacheck" / name

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from finetune.resume import Resumed
     from finetune.trainer import Trainer
 
+MOST_SUBSETS = 4  # that the plan names
+
 
 def plan_text(trainer: Trainer) -> str:
     """The plan of `trainer` as an aligned table of at most 20 lines."""
@@ -22,6 +24,7 @@ def plan_text(trainer: Trainer) -> str:
     return table(
         {
             "data": data_line(trainer.data.facts, cfg),
+            "captions": captions_line(trainer.data.facts, cfg),
             "classes": classes_line(trainer.data.facts),
             "space": f"{cfg.space.kind}, x0 {modules.space.channels}x{modules.space.size}x{modules.space.size}",
             "conditioning": conditioning_line(cfg),
@@ -65,8 +68,11 @@ def table(rows: Mapping[str, str]) -> str:
 
 def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
     """Source, rows, sizes, and what happens to them."""
-    source = cfg.data.train_data_dir or cfg.data.dataset_name or "from Python"
+    source = cfg.data.train_data_dir or cfg.data.dataset_config or cfg.data.dataset_name or "from Python"
     parts = [f"{source}: {facts['rows']:,} images"]
+    if subsets := facts.get("subsets"):
+        shown = ", ".join(f"{one['name']} {one['images']:,} x {one['repeats']:,}" for one in subsets[:MOST_SUBSETS])
+        parts[0] += f" by repeats ({shown}{', ...' * (len(subsets) > MOST_SUBSETS)})"
     if facts["left_out"]:
         parts.append(f"{facts['left_out']:,} left out")
     if "shards" in facts:
@@ -80,6 +86,22 @@ def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
         parts.append(f"{facts['upscaled']:,} upscaled")
     if "captions" in facts:
         parts.append(f"{facts['captions']['count']:,} captions ({facts['captions']['empty']:,} empty)")
+    return ", ".join(parts)
+
+
+def captions_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
+    """What is made of the captions, and how many are cut; empty if nothing is."""
+    captions, found = cfg.captions, facts.get("captions", {})
+    parts = [f"{name} {text!r}" for name in ("trigger_word", "prefix", "suffix") if (text := getattr(captions, name))]
+    parts += ["tags shuffled"] * captions.shuffle
+    parts += [f"{captions.tag_dropout:.4g} of the tags dropped"] * bool(captions.tag_dropout)
+    if found.get("truncated"):
+        tokens, several = found["tokens"], cfg.conditioning.kind == "several"
+        remedy = f"; raise conditioning.{'text.' * several}chunks" if "text" in conditions(cfg.conditioning) else ""
+        parts.append(
+            f"{found['truncated']:,} of {found['texts']:,} different ones are cut to {tokens['limit']} tokens, the "
+            f"longest has {tokens['longest']}{remedy}"
+        )
     return ", ".join(parts)
 
 

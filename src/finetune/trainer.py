@@ -22,6 +22,7 @@ from finetune.data import open_data, report_replaced
 from finetune.ema import Ema, drop_snapshots_after
 from finetune.errors import CheckpointError, surviving
 from finetune.failures import MicroBatch, command_to_resume, count_skipped, losing_nothing, whereabouts
+from finetune.kohya_config import refuse_differences
 from finetune.meter import Meter
 from finetune.models import bind
 from finetune.modules import build_modules
@@ -34,6 +35,7 @@ from finetune.resume import as_the_run_began, find_checkpoint, resume, run_facts
 from finetune.saving import Saver, nonfinite, refuse_nonfinite
 from finetune.seeding import PositionRandom, key
 from finetune.signals import SIGNALS, Interrupted, preempted
+from finetune.text_conditions import with_token_facts
 from finetune.training_state import TrainingState
 from finetune.watchdog import Watchdog, patiently
 
@@ -76,6 +78,7 @@ class Trainer:
         with self.accelerator.main_process_first():  # a broken one is renamed by the first that sees it
             found = find_checkpoint(cfg)
         with self.accelerator.local_main_process_first():  # its check of the data is cached for the others
+            refuse_differences(cfg)
             data = open_data(cfg, dataset=dataset)
         self.data = as_the_run_began(data, found, self.accelerator)
         self.replaced: set[int] = set()
@@ -86,6 +89,7 @@ class Trainer:
         self.modules = build_modules(
             cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
         )
+        self.data = with_token_facts(self.data, self.modules.conditioner)
         self.parameters = self.modules.trained
         optimizer = build_optimizer(cfg.optimizer, self.parameters.values())
         self.learning_rate = learning_rate(cfg.optimizer, self.steps)
