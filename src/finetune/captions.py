@@ -22,11 +22,12 @@ def caption_of(options: Sequence[str], rules: Captions, *, seed: int, epoch: int
     caption = options[key(seed, "caption", epoch, row) % len(options)]
 
     def drawn(tags: Tags) -> Tags:
-        places = range(len(tags))
+        places: Sequence[int] = range(len(tags))
         if rules.shuffle:
             places = permutation(seed, f"order of tags in row {row}", epoch, len(tags))
-        # By a tag's place in the caption, so that which are dropped does not depend on whether they are shuffled.
-        return [tags[i] for i in places if key(seed, "tag dropout", epoch, row, i) >= rules.tag_dropout * 2**64]
+        if rules.tag_dropout:  # by a tag's place in the caption, so that shuffling does not change which are dropped
+            places = [i for i in places if key(seed, "tag dropout", epoch, row, i) >= rules.tag_dropout * 2**64]
+        return [tags[i] for i in places]
 
     return _worded(caption, rules, drawn)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -127,6 +128,7 @@ def read_dataset_config(path: Path) -> list[Subset]:
         raise ConfigError(f"{path.name}: general must be a table: write [general]")
     datasets = document.pop("datasets", [])
     problems += [f"{path.name}: {key}: no such table; there are [general] and [[datasets]]" for key in document]
+    problems += _refusals(general, path.name)
     subsets: list[Subset] = []
     for number, dataset in enumerate(_tables(datasets, "datasets", path.name, problems)):
         inner = dataset.pop("subsets", [])
@@ -136,12 +138,11 @@ def read_dataset_config(path: Path) -> list[Subset]:
             subset = _Table(f"datasets[{number}].subsets[{place}]", values, lines)
             problems += [*_refusals(subset, path.name), *_missing(subset, path.name)]
             subsets.append(_subset((subset, *shared), path.name, problems))
-    problems += _refusals(general, path.name)
-    dirs = [(subset.image_dir, subset.metadata_file) for subset in subsets if subset.image_dir]
-    problems += [f"{path.name}: image_dir {one[0]} is listed twice" for one in sorted(set(dirs), key=str)
-                 if dirs.count(one) > 1]  # fmt: skip
-    if not subsets and not problems:
+    if not problems and not subsets:
         problems.append(f"{path.name}: lists no [[datasets.subsets]] with an image_dir")
+    if not problems:
+        places = Counter((subset.image_dir, subset.metadata_file) for subset in subsets)
+        problems += [f"{path.name}: image_dir {folder} is listed twice" for (folder, _), n in places.items() if n > 1]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return subsets
