@@ -12,10 +12,12 @@ import pytest
 import finetune.datacheck
 from finetune.batching import make_loader
 from finetune.card import model_card
+from finetune.config_io import dump, load, load_text
 from finetune.data import TrainData, open_data
 from finetune.data_changes import changes
 from finetune.errors import ConfigError, DataError
 from finetune.plan import data_line
+from finetune.provenance import published_config
 from forked import log, metrics, run
 from test_data import _private_caches, config, images  # noqa: F401
 from tiny import ROOT
@@ -71,8 +73,9 @@ def test_folders_with_numbers_are_repeats(tmp_path, caplog):
     assert "of 1 text files only the first line is read" in caplog.text
     cfg = config("text", train_data_dir="data")
     assert "9 images by repeats (1_dog 1 x 1, 2_dog 1 x 2, 3_sks dog 2 x 3)" in data_line(data.facts, cfg)
+    cfg = replace(cfg, captions={"trigger_word": "sks"})
     card = model_card(cfg, {"data": data.facts}, pipeline="UNetPipeline", samples=False, metrics=[])
-    assert "2\\_dog (1 × 2)" in card
+    assert "2\\_dog (1 × 2)" in card and "`sks`, in front of every caption" in card
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -226,9 +229,18 @@ def test_errors_teach(tmp_path, caplog):
     assert "holds no images (.png, .jpg, ...) of its own" in message
     with caplog.at_level(logging.WARNING):
         message = refusal(dataset_config=listed(tmp_path, {"image_dir": str(tmp_path / "one")}))
-    assert "a.png: has no caption" in message and "1 images in its sub-folders are not read" in caplog.text
+    assert "a.png: has no caption: write a.txt or a.caption, or set class_tokens" in message
+    assert len(message.splitlines()) == 3 and "1 images in its sub-folders are not read" in caplog.text
     with pytest.raises(ValueError, match="both name the data"):
         config(dataset_config="a.toml", train_data_dir="pics")
+    for setting in ({"streaming": True}, {"split": "test"}, {"revision": "main"}):
+        with pytest.raises(ValueError, match=f"data.{next(iter(setting))} is not for the folders"):
+            config(dataset_config="a.toml", **setting)
+    cfg = load(["--dataset_config", "a.toml", "--resolution", "16", "--output_dir", "out"])
+    assert cfg.data.dataset_config == "a.toml" and load_text(dump(cfg)) == cfg
+    assert published_config(replace(cfg, data=replace(cfg.data, dataset_config="/home/me/a.toml"))) == replace(
+        cfg, output_dir="out"
+    )
 
 
 def text_run(folder: Path, data: str, **sections):

@@ -212,6 +212,8 @@ def _data_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
             tokens = captions["tokens"]
             cut = f"{captions['truncated']:,} cut to {tokens['limit']} of up to {tokens['longest']} tokens"
             rows["captions"] += f", {cut}"
+    if cfg.captions.trigger_word:
+        rows["trigger word"] = f"{code(cfg.captions.trigger_word)}, in front of every caption"
     centred = cfg.data.center_crop or cfg.data.preparation == "iddpm"
     crop, flip = "centre crop" if centred else "random crop", ", random flip" * cfg.data.random_flip
     rows["prepared as"] = f"{cfg.data.resolution}×{cfg.data.resolution}, {crop}{flip}"

@@ -77,6 +77,10 @@ class Data:
         given = [f"data.{name} ({value})" for name in names if (value := getattr(self, name)) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given[:2])} both name the data: give one of them")
+        others = {"streaming": False, "split": "train", "revision": None, "dataset_config_name": None}
+        for name, unset in others.items() if self.dataset_config is not None else ():
+            if getattr(self, name) != unset:
+                raise ValueError(f"data.{name} is not for the folders that data.dataset_config lists: remove it")
         if self.preparation == "iddpm" and self.image_interpolation_mode != "bilinear":
             raise ValueError(
                 f"data.image_interpolation_mode is {self.image_interpolation_mode}, but data.preparation iddpm has its "

@@ -105,6 +105,9 @@ def _of_folder(subset: Subset, listing: Listing, problems: list[Problem]) -> lis
         elif names:
             lines = _lines(listing.root, names[0], image, problems)
             longer += bool(lines and lines[1:])
+        elif subset.class_tokens is None and subset.extensions:
+            problems.append(Problem(image, f"has no caption: write {' or '.join(stem + e for e in subset.extensions)}, "
+                                           "or set class_tokens, which is the caption of such images"))  # fmt: skip
         pairs.append((image, subset.class_tokens if not names else lines and lines[0]))
     if longer:
         log.warning("%s: of %d text files only the first line is read, as in sd-scripts", listing.root, longer)

@@ -2,7 +2,8 @@
 
 A key is honoured, or compared with the setting that it is here (`EQUAL`), or refused with what replaces it unless it
 says what holds anyway (`REPLACED`). What a subset does not say, its dataset says, and else [general], as there; what
-none of them says is as everywhere here, and not as sd-scripts would have it.
+none of them says is as everywhere here, and not as sd-scripts would have it. Relative paths start in the working
+directory, as there.
 """
 
 from __future__ import annotations
