@@ -1,6 +1,7 @@
 """Long texts in pieces of 75 tokens, against what transformers' CLIPTextModel gives by hand; and how many are cut."""
 
 import string
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from finetune.data import open_data
 from finetune.pipelines import UNetPipeline, build_pipeline
 from finetune.plan import captions_line
 from finetune.text_conditions import PooledText, TextSequence, with_token_facts
-from test_data import _private_caches, config, png  # noqa: F401
+from test_data import TEXT, _private_caches, config, png  # noqa: F401
 from tiny_models import batch, build, parts, scheduler  # noqa: F401
 from tiny_models import config as tiny_config
 
@@ -123,7 +124,9 @@ def test_how_many_are_cut_is_counted_once(caplog):
     facts = known.facts["captions"]
     assert (facts["texts"], facts["truncated"], facts["tokens"]) == (5, 3, {"limit": 77, "longest": 154})
     line = captions_line(known.facts, cfg)
-    assert line == "3 of 5 different ones are cut to 77 tokens, the longest has 154"
+    assert line == "3 of 5 different captions are cut to 77 tokens, the longest has 154"
+    by_cross_attention = replace(cfg, model={"kind": "unet2d_condition"}, conditioning={**TEXT, "kind": "text"})
+    assert captions_line(known.facts, by_cross_attention) == f"{line}; raise conditioning.chunks"
     assert "truncated" not in data.facts["captions"] and captions_line(data.facts, cfg) == "" and not caplog.records
     long = TextSequence(*encoder("<|endoftext|>"), chunks=3)
     assert with_token_facts(data, assembled({"text": long})).facts["captions"]["truncated"] == 0

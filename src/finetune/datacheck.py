@@ -74,13 +74,10 @@ def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, prog
     entry, files = _cache_entry(rows, numbers, rules, factor), _files_digest(rows, numbers)
     if known := _load(entry, files):
         return known
-    same = numbers if rows.subsets is None else rows.subsets.first[numbers]  # a repeated image is decoded once
-    _, once, back = np.unique(same, return_index=True, return_inverse=True)
-    checked = _check_all(rows, numbers[once], rules, factor, progress)
+    checked = _check_all(rows, numbers, rules, factor, progress)
     good = [row for row in checked if not row.problem]
-    digests = np.array([row.digest for row in checked], np.int64)[back]
-    facts = _facts(rows, good, rules) | {"rows": int(np.count_nonzero(digests))}
-    report = Report({row.number: row.problem for row in checked if row.problem}, digests, facts)
+    digests = np.array([row.digest for row in checked], np.int64)
+    report = Report({row.number: row.problem for row in checked if row.problem}, digests, _facts(rows, good, rules))
     if not any(row.passing for row in checked):
         _store(entry, files, report)
     return report
@@ -99,6 +96,10 @@ def _escaped(control: re.Match[str]) -> str:
 
 
 def _check_all(rows: Rows, numbers: np.ndarray, rules: Data, factor: int, progress: bool) -> list[_Checked]:
+    """What each row is. A repeated image is checked once, and what that found stands for all of its rows."""
+    same = numbers if rows.subsets is None else rows.subsets.first[numbers]
+    _, once, of = np.unique(same, return_index=True, return_inverse=True)
+    numbers = numbers[once]
     chunks = [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
     checked: list[_Checked] = []
     bar = tqdm(total=len(numbers), desc="check data", unit="image", delay=2, disable=None if progress else True)
@@ -108,7 +109,7 @@ def _check_all(rows: Rows, numbers: np.ndarray, rules: Data, factor: int, progre
         ):
             checked += found
             bar.update(len(found))
-    return checked
+    return [checked[i] for i in of]
 
 
 def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
@@ -138,6 +139,7 @@ def _facts(rows: Rows, good: list[_Checked], rules: Data) -> dict[str, Any]:
     facts: dict[str, Any] = {"rows": len(good)}
     if not good:
         return facts
+    good = list({row.number: row for row in good}.values())  # what follows counts repeated images once
     for side, index in (("width", 0), ("height", 1)):
         sizes = [row.size[index] for row in good]
         facts[side] = {"min": min(sizes), "median": statistics.median_low(sizes), "max": max(sizes)}

@@ -52,7 +52,7 @@ def condition_settings(conditioner: Conditioner, cfg: TrainConfig) -> dict[str, 
         label.condition(cfg.sample.class_labels)
         names = list(label.class_names) if label.class_names else None
         settings |= {"num_classes": label.num_classes, "class_names": names}
-    if text := parts.get("text"):
+    if isinstance(text := parts.get("text"), TextSequence):
         settings["chunks"] = text.chunks
     if low_res := parts.get("low_res"):
         settings["low_res_side"] = low_res.side

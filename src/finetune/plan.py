@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from finetune.config import TrainConfig
-from finetune.config_choices import conditions
+from finetune.config_choices import SequenceCondition, conditions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,9 +97,10 @@ def captions_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
     parts += [f"{captions.tag_dropout:.4g} of the tags dropped"] * bool(captions.tag_dropout)
     if found.get("truncated"):
         tokens, several = found["tokens"], cfg.conditioning.kind == "several"
-        remedy = f"; raise conditioning.{'text.' * several}chunks" if "text" in conditions(cfg.conditioning) else ""
+        raisable = isinstance(conditions(cfg.conditioning).get("text"), SequenceCondition)
+        remedy = f"; raise conditioning.{'text.' * several}chunks" if raisable else ""
         parts.append(
-            f"{found['truncated']:,} of {found['texts']:,} different ones are cut to {tokens['limit']} tokens, the "
+            f"{found['truncated']:,} of {found['texts']:,} different captions are cut to {tokens['limit']} tokens, the "
             f"longest has {tokens['longest']}{remedy}"
         )
     return ", ".join(parts)

@@ -97,7 +97,8 @@ class Text(Single):
         tokens = self.tokens(texts).flatten(0, 1)
         device = self.text_encoder.device
         with torch.autocast(device.type, enabled=False):  # the same embeddings in training and in sampling
-            return self._read(self.text_encoder(tokens.to(device))).float()
+            states = self._read(self.text_encoder(tokens.to(device))).float()
+        return states if self.chunks == 1 else _joined(states, self.chunks)
 
     @property
     def longest(self) -> int:
@@ -159,8 +160,13 @@ class TextSequence(Text):
         self.chunks = chunks
 
     def _read(self, output: Any) -> Tensor:
-        pieces = output.last_hidden_state.unflatten(0, (-1, self.chunks))
-        return torch.cat([pieces[:, 0, :1], pieces[:, :, 1:-1].flatten(1, 2), pieces[:, -1, -1:]], dim=1)
+        return output.last_hidden_state
+
+
+def _joined(states: Tensor, chunks: int) -> Tensor:
+    """[B * chunks, L, D] -> [B, chunks * (L - 2) + 2, D], see TextSequence."""
+    pieces = states.unflatten(0, (-1, chunks))
+    return torch.cat([pieces[:, 0, :1], pieces[:, :, 1:-1].flatten(1, 2), pieces[:, -1, -1:]], dim=1)
 
 
 def with_token_facts(data: TrainData, conditioner: Conditioner) -> TrainData:
@@ -168,9 +174,10 @@ def with_token_facts(data: TrainData, conditioner: Conditioner) -> TrainData:
     there are, how many of them are `truncated`, and of `tokens` the limit and the longest. As it is without captions,
     and for a stream, whose captions are not known before they come.
     """
-    text = conditioner.parts.get("text") or conditioner.parts.get("pooled_text")
-    if text is None or "captions" not in data.facts:
+    texts = [part for kind in ("text", "pooled_text") if isinstance(part := conditioner.parts.get(kind), Text)]
+    if not texts or "captions" not in data.facts:
         return data
+    text = texts[0]
     lengths = text.lengths(sorted(data.table.texts(data.rows)))
     facts = {
         "texts": len(lengths),
