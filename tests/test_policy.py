@@ -16,13 +16,15 @@ IDS = [path.relative_to(ROOT / "src" / "finetune").as_posix() for path in SOURCE
 # From the bottom to the top: a module imports from its own line and the lines before it.
 LAYERS = [
     {"redaction", "errors", "config_types", "hub_worker", "own_code", "frechet", "data_changes", "sharding"},
-    {"config_choices", "config_data", "config_levels", "config_objective", "config_sample", "config_validation"},
+    {"config_choices", "config_captions", "config_data", "config_levels", "config_objective", "config_sample"},
+    {"config_validation"},
     {"hub", "signals", "seeding", "durable", "watchdog"},
     {"config"},
     {"config_tree", "config_yaml", "config_flags", "config_words", "config_options", "config_launch", "config_io"},
     {"objective"},
     {"checkpoint", "retention"},
     {"provenance", "lock", "optimization", "pretrained", "folder", "metadata", "images", "iddpm_unet"},
+    {"captions", "kohya_config", "kohya"},
     {"ema", "grids", "small_images"},
     {"order", "buckets", "shards", "rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},

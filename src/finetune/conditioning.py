@@ -167,7 +167,8 @@ def build_conditioner(
             known = parts.get("pooled_text") if several and _same_encoder(cfg) else None
             modules = (known.text_encoder, known.tokenizer) if known else _text_modules(section, setting, device)
             cls = {"pooled_text": PooledText, "text": TextSequence}[kind]
-            parts[kind] = cls(*modules, dropout=section.condition_dropout, null=section.null)
+            chunks = {"chunks": section.chunks} if kind == "text" else {}
+            parts[kind] = cls(*modules, dropout=section.condition_dropout, null=section.null, **chunks)
     return assembled(parts, dropout_draws=cfg.conditioning.dropout_draws if several else "joint")
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune.config_captions import Captions, caption_contradictions
 from finetune.config_choices import (
     Conditioning,
     Model,
@@ -218,6 +219,7 @@ class TrainConfig:
     """What may differ from the checkpoint that is gone on from: a setting such as optimizer.learning_rate, a section
     such as optimizer, or data.content. What nothing hangs on, such as sample.*, may always."""
     data: Data
+    captions: Captions = Field(default_factory=Captions)
     space: Space = Field(default_factory=PixelSpace)
     conditioning: Conditioning = Field(default_factory=Unconditional)
     model: Model = Field(default_factory=UNet2D)
@@ -250,6 +252,7 @@ class TrainConfig:
         if text and not self.sample.prompts and "low_res" not in parts:
             yield "sample.prompts", f"conditioning.kind {reads} needs at least one prompt to sample with"
         data = self.data
+        yield from caption_contradictions(self.captions, bool(text), data.dataset_config is not None)
         asked = self.sample.prompts or self.sample.class_labels
         yield from low_res_contradictions(parts, data.resolution, data.low_res_column, data.preparation, bool(asked))
         if data.buckets != "none" and "low_res" in parts:

@@ -19,7 +19,10 @@ class Data:
     dataset_name: str | None = None
     """Data set: a Hub id, or the path of a local folder, saved data set, Parquet, Arrow, CSV or JSON file."""
     train_data_dir: str | None = None
-    """Local folder of images: flat, class sub-folders, metadata.jsonl or .csv, or a.jpg beside a.txt."""
+    """Local folder of images: flat, class sub-folders, metadata.jsonl or .csv, or a.jpg beside a.txt; or, unless
+    conditioning has class_label, sub-folders 10_name, each image of which comes 10 times per epoch (sd-scripts)."""
+    dataset_config: str | None = None
+    """sd-scripts' dataset_config, a TOML file that lists folders of images, their repeats and captions."""
     dataset_config_name: str | None = None
     """Configuration of a Hub data set that has several."""
     revision: str | None = None
@@ -83,11 +86,14 @@ class Data:
     """Loader processes per training process; unset: as many as help, at most 8."""
 
     def __post_init__(self) -> None:
-        if self.dataset_name is not None and self.train_data_dir is not None:
-            raise ValueError(
-                f"data.dataset_name ({self.dataset_name}) and data.train_data_dir ({self.train_data_dir}) both name "
-                "the data: give one of them"
-            )
+        names = ("dataset_name", "train_data_dir", "dataset_config")
+        given = [f"data.{name} ({value})" for name in names if (value := getattr(self, name)) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given[:2])} both name the data: give one of them")
+        others = {"streaming": False, "split": "train", "revision": None, "dataset_config_name": None}
+        for name, unset in others.items() if self.dataset_config is not None else ():
+            if getattr(self, name) != unset:
+                raise ValueError(f"data.{name} is not for the folders that data.dataset_config lists: remove it")
         if self.preparation == "iddpm" and self.image_interpolation_mode != "bilinear":
             raise ValueError(
                 f"data.image_interpolation_mode is {self.image_interpolation_mode}, but data.preparation iddpm has its "

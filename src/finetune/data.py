@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 
 from finetune.buckets import BucketOrder, Buckets, fill, summary
+from finetune.captions import caption_of, whole
 from finetune.config import Data, TrainConfig
 from finetune.config_choices import conditions
 from finetune.data_changes import fingerprint
@@ -144,8 +145,11 @@ class TrainData:
         return self.table.image_bytes(self.table.read([row])[0])
 
     def captions(self, row: int) -> tuple[str, ...] | None:
-        """The captions of a row, of which each epoch draws one; None unless the conditioning is text."""
-        return self.table.captions(self.table.read([row])[0])
+        """The captions of a row, of which each epoch draws one, as it reads if no tag is shuffled or dropped; None
+        unless the conditioning is text."""
+        found = self.table.read([row])[0]
+        options = self.table.captions(found)
+        return options and tuple(whole(caption, self.table.wording(found)) for caption in options)
 
     def name(self, row: int) -> str:
         """What a message calls a row."""
@@ -223,7 +227,7 @@ class TrainData:
         place = {"seed": self.seed, "epoch": epoch, "row": row.number}
         shape = None if self.buckets is None else self.buckets.shape(row.number)
         made = prepare(image, self.rules, **place, shape=shape, small=small, factor=self.factor)
-        caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]
+        caption = None if options is None else caption_of(options, self.table.wording(row), **place)
         return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res)
 
 
@@ -251,10 +255,10 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
     except ValueError as error:
         raise ConfigError(f"data.background: {error}; give a name such as white, or #rrggbb") from None
     text = bool({"text", "pooled_text"} & parts.keys())
-    source = open_source(rules, dataset, captions=text)
+    source = open_source(rules, dataset, captions=text, labels="class_label" in parts)
     if not len(source.dataset):
         raise DataError(explain(source.problems, source.name) if source.problems else f"{source.name} has no rows")
-    table = rows_of(source, rules, captions=text, labels="class_label" in parts)
+    table = rows_of(source, rules, captions=text, labels="class_label" in parts, wording=cfg.captions)
     num_classes = parts["class_label"].num_classes if "class_label" in parts else None
     if num_classes and num_classes < len(table.class_names):
         raise DataError(

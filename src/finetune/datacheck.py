@@ -103,6 +103,10 @@ def _escaped(control: re.Match[str]) -> str:
 
 
 def _check_all(rows: Rows, numbers: np.ndarray, rules: Data, factor: int, progress: bool) -> list[_Checked]:
+    """What each row is. A repeated image is checked once, and what that found stands for all of its rows."""
+    same = numbers if rows.subsets is None else rows.subsets.first[numbers]
+    _, once, of = np.unique(same, return_index=True, return_inverse=True)
+    numbers = numbers[once]
     chunks = [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
     checked: list[_Checked] = []
     bar = tqdm(total=len(numbers), desc="check data", unit="image", delay=2, disable=None if progress else True)
@@ -112,7 +116,7 @@ def _check_all(rows: Rows, numbers: np.ndarray, rules: Data, factor: int, progre
         ):
             checked += found
             bar.update(len(found))
-    return checked
+    return [checked[i] for i in of]
 
 
 def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
@@ -142,6 +146,7 @@ def _facts(rows: Rows, good: list[_Checked], rules: Data) -> dict[str, Any]:
     facts: dict[str, Any] = {"rows": len(good)}
     if not good:
         return facts
+    good = list({row.number: row for row in good}.values())  # what follows counts repeated images once
     for side, index in (("width", 0), ("height", 1)):
         sizes = [row.size[index] for row in good]
         facts[side] = {"min": min(sizes), "median": statistics.median_low(sizes), "max": max(sizes)}
@@ -157,6 +162,12 @@ def _facts(rows: Rows, good: list[_Checked], rules: Data) -> dict[str, Any]:
             "empty": lengths.count(0),
             "characters": {"min": min(lengths), "median": statistics.median_low(lengths), "max": max(lengths)},
         }
+    if rows.subsets is not None:
+        counts = Counter(int(rows.subsets.of[row.number]) for row in good)
+        parts = zip(rows.subsets.names, rows.subsets.repeats, strict=True)
+        facts["subsets"] = [
+            {"name": name, "images": counts[part], "repeats": repeats} for part, (name, repeats) in enumerate(parts)
+        ]
     if rows.class_names is not None:
         counts = Counter(row.label for row in good)
         facts["classes"] = {name: counts[index] for index, name in enumerate(rows.class_names)}
@@ -190,6 +201,7 @@ def _cache_entry(rows: Rows, numbers: np.ndarray, rules: Data, factor: int) -> P
         VERSION, PIL.__version__, rows.dataset._fingerprint, rows.folders, rows.image_column, rows.caption_columns,
         rows.label_column, rows.class_names, settings, rules.max_aspect_ratio, _digest(numbers.tobytes()),
         rows.low_res_column, factor, rows.label_from_filename,
+        *(() if rows.subsets is None else (rows.subsets.names, rows.subsets.repeats, rows.subsets.wording)),
     )  # fmt: skip
     name = f"{_digest(repr(what).encode())}.safetensors"
     return Path(datasets.config.HF_CACHE_HOME) / "finetune" / "datacheck" / name

@@ -38,6 +38,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.background", "asked"),
     ("data.streaming", "asked"),
     ("data.shuffle_buffer_size", "asked"),
+    ("captions.*", "asked"),
     # What the saved weights, averages and random draws belong to.
     ("seed", "fixed"),
     ("space.*", "fixed"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from finetune.config import TrainConfig
-from finetune.config_choices import conditions
+from finetune.config_choices import SequenceCondition, conditions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from finetune.config_levels import Levels, Loss, Weighting
     from finetune.resume import Resumed
     from finetune.trainer import Trainer
+
+MOST_SUBSETS = 4  # that the plan names
 
 
 def plan_text(trainer: Trainer) -> str:
@@ -23,6 +25,7 @@ def plan_text(trainer: Trainer) -> str:
         {
             "data": data_line(trainer.data.facts, cfg),
             "buckets": buckets_line(trainer.data.facts, trainer.global_batch),
+            "captions": captions_line(trainer.data.facts, cfg),
             "classes": classes_line(trainer.data.facts),
             "space": f"{cfg.space.kind}, x0 {modules.space.channels}x{modules.space.size}x{modules.space.size}",
             "conditioning": conditioning_line(cfg),
@@ -68,8 +71,11 @@ def table(rows: Mapping[str, str]) -> str:
 
 def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
     """Source, rows, sizes, and what happens to them."""
-    source = cfg.data.train_data_dir or cfg.data.dataset_name or "from Python"
+    source = cfg.data.train_data_dir or cfg.data.dataset_config or cfg.data.dataset_name or "from Python"
     parts = [f"{source}: {facts['rows']:,} images"]
+    if subsets := facts.get("subsets"):
+        shown = ", ".join(f"{one['name']} {one['images']:,} x {one['repeats']:,}" for one in subsets[:MOST_SUBSETS])
+        parts[0] += f" by repeats ({shown}{', ...' * (len(subsets) > MOST_SUBSETS)})"
     if facts["left_out"]:
         parts.append(f"{facts['left_out']:,} left out")
     if "shards" in facts:
@@ -101,6 +107,23 @@ def buckets_line(facts: Mapping[str, Any], global_batch: int) -> str:
     if small := sum(count < global_batch for count in images.values()):
         line += f"; {small} with less than a batch, which then repeats some"
     return line
+
+
+def captions_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
+    """What is made of the captions, and how many are cut; empty if nothing is."""
+    captions, found = cfg.captions, facts.get("captions", {})
+    parts = [f"{name} {text!r}" for name in ("trigger_word", "prefix", "suffix") if (text := getattr(captions, name))]
+    parts += ["tags shuffled"] * captions.shuffle
+    parts += [f"{captions.tag_dropout:.4g} of the tags dropped"] * bool(captions.tag_dropout)
+    if found.get("truncated"):
+        tokens, several = found["tokens"], cfg.conditioning.kind == "several"
+        raisable = isinstance(conditions(cfg.conditioning).get("text"), SequenceCondition)
+        remedy = f"; raise conditioning.{'text.' * several}chunks" if raisable else ""
+        parts.append(
+            f"{found['truncated']:,} of {found['texts']:,} different captions are cut to {tokens['limit']} tokens, the "
+            f"longest has {tokens['longest']}{remedy}"
+        )
+    return ", ".join(parts)
 
 
 def classes_line(facts: Mapping[str, Any], *, most: int = 8) -> str:

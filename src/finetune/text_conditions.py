@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from finetune.batching import Batch
+    from finetune.conditioning import Conditioner
+    from finetune.data import TrainData
     from finetune.seeding import PositionRandom
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ class Text(Single):
         self.text_encoder = text_encoder.requires_grad_(False).eval()
         self.tokenizer, self.dropout, self.null = tokenizer, dropout, null
         self.width: int = text_encoder.config.hidden_size
+        self.chunks = 1
+        """Pieces of the encoder's length that a text is read in."""
         self.parameters_frozen = sum(p.numel() for p in text_encoder.parameters())
         self.truncated = 0
         """Captions encoded so far that were longer than the encoder reads."""
@@ -83,17 +88,38 @@ class Text(Single):
 
     @torch.no_grad()
     def _encode(self, texts: list[str]) -> Tensor:
-        longest = self.tokenizer.model_max_length
-        for text, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
-            if len(ids) > longest:
+        for text, n in zip(texts, self.lengths(texts), strict=True):
+            if n > self.longest:
                 if not self.truncated:
-                    log.warning("captions are cut to %d tokens of %d: %r", longest, len(ids), text)
+                    log.warning("captions are cut to %d tokens of %d: %r", self.longest, n, text)
                 self.truncated += 1
         # Padded to the full length without an attention mask, as StableDiffusionPipeline does.
-        tokens = self.tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+        tokens = self.tokens(texts).flatten(0, 1)
         device = self.text_encoder.device
         with torch.autocast(device.type, enabled=False):  # the same embeddings in training and in sampling
-            return self._read(self.text_encoder(tokens.input_ids.to(device))).float()
+            states = self._read(self.text_encoder(tokens.to(device))).float()
+        return states if self.chunks == 1 else _joined(states, self.chunks)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a text that are read, the start and the end among them."""
+        return self.chunks * (self.tokenizer.model_max_length - 2) + 2
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, the start and the end among them."""
+        return [len(ids) for ids in self.tokenizer(list(texts), verbose=False).input_ids]
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """texts -> [n, chunks, L] int64: each piece of up to L - 2 tokens as the tokenizer makes it of a text of its
+        own: start, tokens, end, padding; as in sd-scripts. A piece that is left over is an empty text."""
+        length, tokenizer = self.tokenizer.model_max_length, self.tokenizer
+        rows = []
+        for ids in tokenizer(list(texts), verbose=False).input_ids:
+            start, end, words = ids[0], ids[-1], ids[1:-1]
+            pieces = [words[at : at + length - 2] for at in range(0, self.chunks * (length - 2), length - 2)]
+            padded = [[start, *piece, end] + [tokenizer.pad_token_id] * (length - 2 - len(piece)) for piece in pieces]
+            rows.append(padded)
+        return torch.tensor(rows)
 
     def _read(self, output: Any) -> Tensor:
         raise NotImplementedError
@@ -110,13 +136,55 @@ class PooledText(Text):
 
 
 class TextSequence(Text):
-    """{"encoder_hidden_states": [B, L, D] float32}: the encoder's last states, read by cross-attention."""
+    """{"encoder_hidden_states": [B, L, D] float32}: the encoder's last states, read by cross-attention.
+
+    A longer text is read in `chunks` pieces of L - 2 tokens (75 of CLIP's 77), each by itself, and every text in as
+    many: [B, chunks * (L - 2) + 2, D]. As in sd-scripts, of the states at starts and ends those of the first start and
+    of the last end are kept, and those between the pieces are not.
+    """
 
     kind = "text"
     argument = "encoder_hidden_states"
 
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        *,
+        chunks: int = 1,
+        dropout: float = 0.0,
+        null: str = "empty_prompt",
+    ) -> None:
+        """As Text; chunks: pieces that a text is read in."""
+        super().__init__(text_encoder, tokenizer, dropout=dropout, null=null)
+        self.chunks = chunks
+
     def _read(self, output: Any) -> Tensor:
         return output.last_hidden_state
+
+
+def _joined(states: Tensor, chunks: int) -> Tensor:
+    """[B * chunks, L, D] -> [B, chunks * (L - 2) + 2, D], see TextSequence."""
+    pieces = states.unflatten(0, (-1, chunks))
+    return torch.cat([pieces[:, 0, :1], pieces[:, :, 1:-1].flatten(1, 2), pieces[:, -1, -1:]], dim=1)
+
+
+def with_token_facts(data: TrainData, conditioner: Conditioner) -> TrainData:
+    """`data` with facts of how its captions fit the text encoder, in facts["captions"]: how many different `texts`
+    there are, how many of them are `truncated`, and of `tokens` the limit and the longest. As it is without captions,
+    and for a stream, whose captions are not known before they come.
+    """
+    texts = [part for kind in ("text", "pooled_text") if isinstance(part := conditioner.parts.get(kind), Text)]
+    if not texts or "captions" not in data.facts:
+        return data
+    text = texts[0]
+    lengths = text.lengths(sorted(data.table.texts(data.rows)))
+    facts = {
+        "texts": len(lengths),
+        "truncated": sum(n > text.longest for n in lengths),
+        "tokens": {"limit": text.longest, "longest": max(lengths)},
+    }
+    return replace(data, facts=data.facts | {"captions": data.facts["captions"] | facts})
 
 
 def _check_pair(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:

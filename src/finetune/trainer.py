@@ -22,6 +22,7 @@ from finetune.data import open_data, report_replaced
 from finetune.ema import Ema, drop_snapshots_after
 from finetune.errors import CheckpointError
 from finetune.failures import MicroBatch, command_to_resume, count_skipped, losing_nothing, whereabouts
+from finetune.kohya_config import refuse_differences
 from finetune.meter import Meter
 from finetune.models import bind
 from finetune.modules import build_modules
@@ -36,6 +37,7 @@ from finetune.saving import Saver, nonfinite, refuse_nonfinite
 from finetune.seeding import PositionRandom, key
 from finetune.sharding import Parts, gathered, unsharded
 from finetune.signals import SIGNALS, preempted
+from finetune.text_conditions import with_token_facts
 from finetune.training_state import TrainingState
 from finetune.validation import HeldOut
 from finetune.watchdog import Watchdog, patiently
@@ -79,6 +81,7 @@ class Trainer:
         with self.accelerator.main_process_first():  # a broken one is renamed by the first that sees it
             found = find_checkpoint(cfg)
         with self.accelerator.local_main_process_first():  # its check of the data is cached for the others
+            refuse_differences(cfg)
             data = open_data(cfg, dataset=dataset)
         self.data = as_the_run_began(data, found, self.accelerator)
         self.replaced: set[int] = set()
@@ -86,7 +89,7 @@ class Trainer:
         self.modules = build_modules(
             cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
         )
-        self.data = self.data.in_buckets(self.modules.side_multiple)
+        self.data = with_token_facts(self.data.in_buckets(self.modules.side_multiple), self.modules.conditioner)
         self.steps = cfg.train.max_train_steps or self.data.steps(
             cfg.train.num_train_epochs, global_batch=self.global_batch
         )
