@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finetune import checkpoint
+from finetune.config_io import dump, load, load_text
 from finetune.config_lora import Lora
 from finetune.errors import ConfigError
 from finetune.evaluate import load_subject
@@ -137,6 +138,33 @@ def test_another_adapter_does_not_load(parts):  # noqa: F811
     with pytest.raises(RuntimeError, match=r"names differ, such as conv_in\.lora_A"):
         load_trained_state(unet, trained_state(other))
     load_trained_state(other, trained_state(copy.deepcopy(other)))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", None),
+        ("--lora {}", Lora()),
+        ("--lora.rank 8", Lora(rank=8)),
+        ("--rank 16 --lora_alpha 8 --lora_dropout 0.1 --use_dora", Lora(rank=16, alpha=8, dropout=0.1, use_dora=True)),
+        ("--config RECIPE", Lora(rank=2)),
+        ("--config RECIPE --rank 3", Lora(rank=3)),
+        ("--config RECIPE --lora null", None),
+    ],
+)
+def test_options_switch_it_on_and_off(tmp_path, options, expected):
+    (tmp_path / "recipe.yaml").write_text("lora: {rank: 2}\n")
+    base = ["--train_data_dir", "x", "--output_dir", "y", "--resolution", "64"]
+    cfg = load([*base, *options.replace("RECIPE", str(tmp_path / "recipe.yaml")).split()], env={})
+    assert cfg.lora == expected and load_text(dump(cfg)) == cfg
+
+
+def test_scale():
+    plain, half, stable = Lora(rank=16), Lora(rank=16, alpha=8), Lora(rank=16, alpha=8, use_rslora=True)
+    assert [plain.scale, half.scale, stable.scale] == [1, 0.5, 2]
+    for wrong in ({"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"target": "conv"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Lora(**wrong)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
