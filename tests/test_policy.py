@@ -17,7 +17,7 @@ IDS = [path.relative_to(ROOT / "src" / "finetune").as_posix() for path in SOURCE
 LAYERS = [
     {"redaction", "errors", "config_types", "hub_worker", "own_code", "frechet", "data_changes", "sharding"},
     {"config_choices", "config_captions", "config_data", "config_levels", "config_objective", "config_sample"},
-    {"config_validation"},
+    {"config_validation", "config_lora"},
     {"hub", "signals", "seeding", "durable", "watchdog"},
     {"config"},
     {"config_tree", "config_yaml", "config_flags", "config_words", "config_options", "config_launch", "config_io"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"processes", "identity"},
     {"space", "conditions", "text_conditions", "conditioning", "model_fit"},
     {"models"},
-    {"importers"},
+    {"importers", "lora"},
     {"samplers", "schedulers", "guidance", "autoguidance"},
     {"modules"},
     {"training_state"},

@@ -25,6 +25,7 @@ from finetune.config_choices import (
     unet2d_contradictions,
 )
 from finetune.config_data import Data
+from finetune.config_lora import Lora, lora_contradictions
 from finetune.config_objective import DDPM, Objective
 from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
@@ -56,6 +57,8 @@ class Train:
     each thread stands. Checking data, drawing and saving take what they need."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    train_text_encoder: bool = False
+    """Train the text encoder too: all of it or, with the section lora, a LoRA on its attention."""
     channels_last: bool = False
     """Memory format of the UNet: faster on GPUs with tensor cores, not on CPUs."""
     compile: bool = False
@@ -79,6 +82,8 @@ class Optimizer:
 
     learning_rate: Positive = 1e-4
     """Peak learning rate."""
+    text_encoder_lr: Positive | None = None
+    """Peak learning rate of the text encoder; unset: learning_rate."""
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = "cosine"
@@ -223,6 +228,7 @@ class TrainConfig:
     space: Space = Field(default_factory=PixelSpace)
     conditioning: Conditioning = Field(default_factory=Unconditional)
     model: Model = Field(default_factory=UNet2D)
+    lora: Lora | None = None
     objective: Objective = Field(default_factory=DDPM)
     train: Train = Field(default_factory=Train)
     optimizer: Optimizer = Field(default_factory=Optimizer)
@@ -277,6 +283,7 @@ class TrainConfig:
         yield from contradictions(self.sample, objective)
         best_metric = self.checkpoint.best_metric
         yield from validation_contradictions(self.validation, streaming=data.streaming, best_metric=best_metric)
+        yield from lora_contradictions(self, text=bool(text))
 
     @property
     def sampler(self) -> str:

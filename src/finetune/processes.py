@@ -8,7 +8,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -252,6 +252,7 @@ def check_sharding(accelerator: Processes, cfg: TrainConfig) -> None:
         raise ConfigError("train.mixed_precision: fp16 does not go with FSDP2: use bf16 or no")
     settings = {"train.compile": cfg.train.compile, "train.channels_last": cfg.train.channels_last}
     settings |= {"ema.snapshot_every": cfg.ema.snapshot_every, "sample.autoguidance": cfg.sample.autoguidance}
+    settings |= {"lora": cfg.lora, "train.train_text_encoder": cfg.train.train_text_encoder}
     if refused := [name for name, value in settings.items() if value]:
         raise ConfigError(f"{' and '.join(refused)}: does not go with FSDP2, remove it or launch without FSDP")
 
@@ -262,6 +263,18 @@ def set_kernels(cfg: Train) -> None:
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS, by its own error
     torch.use_deterministic_algorithms(cfg.deterministic)
+
+
+def average_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace the gradients of parameters that DDP does not know by their means over the processes, all in one go.
+
+    A parameter without a gradient, as of a layer that is not read, has none on any process.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if accelerator.num_processes > 1 and gradients:
+        means = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, mean in zip(gradients, means.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def largest(accelerator: Accelerator, number: int) -> torch.Tensor:

@@ -79,12 +79,13 @@ def train(
 
 
 def export_run(trainer: Trainer) -> Path:
-    """Write output_dir/pipeline from the trainer's present weights."""
+    """Write output_dir/pipeline from the trainer's present weights, a LoRA merged into those that it adapts."""
     from finetune.export import export
+    from finetune.lora import merge_adapters
 
     output_dir = trainer.output_dir
     return export(
-        trainer.pipeline(),
+        merge_adapters(trainer.pipeline()),
         output_dir=output_dir,
         cfg=trainer.cfg,
         run=json.loads((output_dir / "run.json").read_text()),
