@@ -1,8 +1,9 @@
 """Every setting of a run, as nested frozen sections. Imports no torch; the text under a field is its only help text.
 
 Names are those of diffusers and Accelerate. Choices are unions told apart by `kind` (config_choices.py,
-config_objective.py); Data stands in config_data.py, Sample in config_sample.py. A default names its source;
-"train_unconditional" is the diffusers script of that name, whose defaults hold when only data and resolution are given.
+config_objective.py); Data stands in config_data.py, Sample in config_sample.py, Cache in config_cache.py. A default
+names its source; "train_unconditional" is the diffusers script of that name, whose defaults hold when only data and
+resolution are given.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune.config_cache import Cache, cache_contradictions
 from finetune.config_choices import (
     Conditioning,
     Model,
@@ -227,6 +229,7 @@ class TrainConfig:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
     sample: Sample = Field(default_factory=Sample)
+    cache: Cache = Field(default_factory=Cache)
     hub: Hub = Field(default_factory=Hub)
 
     def __post_init__(self) -> None:
@@ -267,6 +270,7 @@ class TrainConfig:
                 "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
                 "variance.kind fixed_small or fixed_large with vb_loss none"
             )
+        yield from cache_contradictions(self.cache, data, self.space.kind, parts)
         yield from contradictions(self.sample, objective)
 
     @property

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from finetune.cached import CachedLatents
 from finetune.config import Data, TrainConfig
 from finetune.config_choices import conditions
 from finetune.data_changes import fingerprint
-from finetune.datacheck import check, explain, refuse_or_warn
+from finetune.datacheck import IMAGE_DIGEST, check, explain, refuse_or_warn
 from finetune.errors import ConfigError, DataError
 from finetune.folder import Problem
 from finetune.images import BadRow, background_rgb, decode, prepare, strict_pillow
@@ -47,8 +48,8 @@ class Sample:
     row: int
     """Its number in the data set."""
 
-    pixels: torch.Tensor
-    """[channels, resolution, resolution] float32 in [-1, 1]."""
+    pixels: torch.Tensor | None
+    """[channels, resolution, resolution] float32 in [-1, 1]; None with cached latents."""
     caption: str | None
     label: int | None
     time_ids: tuple[int, ...]
@@ -57,6 +58,8 @@ class Sample:
     """The small image, if the data has one: see `images.Prepared`."""
     replaced: Replaced | None = None
     """Set if `row` stands in for another one."""
+    moments: torch.Tensor | None = None
+    """[2c, h, w] float16 or float32, of the VAE's posterior, if latents are cached: see `space.LatentSpace.moments`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,10 @@ class TrainData:
     """Side of an image over that of the small image of data.low_res_column; 1 without one."""
     facts: dict[str, Any]
     """What a reader should know of the data; JSON's types only."""
+    images: np.ndarray
+    """[rows found, 16] uint8: identifies the image alone of a row of `rows`; 0 for all others."""
+    latents: CachedLatents | None = None
+    """Where samples have their moments from, and no pixels then."""
 
     def __len__(self) -> int:
         """The number of samples of one epoch."""
@@ -151,12 +158,16 @@ class TrainData:
         raise DataError(f"{reason}; nor can any of the {REPLACEMENTS} rows be used that were drawn in its place")
 
     def _made(self, row: Row, epoch: int) -> Sample:
+        options, label = self.table.captions(row), self.table.label(row)
+        caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]
+        if self.latents is not None:
+            moments, time_ids = self.latents.read(row.number, epoch)
+            return Sample(row.number, None, caption, label, time_ids, None, moments=moments)
         image = decode(self.table.image_bytes(row), self.rules).image
         small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
-        options, label = self.table.captions(row), self.table.label(row)
-        place = {"seed": self.seed, "epoch": epoch, "row": row.number}
+        turn = epoch if self.rules.variants is None else epoch % self.rules.variants
+        place = {"seed": self.seed, "epoch": turn, "row": row.number}
         made = prepare(image, self.rules, **place, small=small, factor=self.factor)
-        caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]
         return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res)
 
 
@@ -203,6 +214,8 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
     refuse_or_warn(problems, source.name, rules)
     digests = np.zeros(len(table), np.int64)
     digests[numbers] = report.digests
+    images = np.zeros((len(table), report.images.shape[1]), np.uint8)
+    images[numbers] = report.images
     usable = np.flatnonzero(digests)
     if not len(usable):
         raise DataError(f"{source.name} has no usable row")
@@ -216,6 +229,7 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
         fingerprint=fingerprint(digests),
         factor=factor,
         facts=facts,
+        images=images,
     )
 
 
@@ -245,6 +259,7 @@ def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> 
         fingerprint=content.hexdigest(),
         factor=factor,
         facts=facts,
+        images=np.zeros((0, IMAGE_DIGEST), np.uint8),
     )
 
 

@@ -34,8 +34,9 @@ from finetune.images import BadRow, decode, strict_pillow
 from finetune.rows import Row, Rows, Unreadable
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a name must not forge lines of a report
+IMAGE_DIGEST = 16  # bytes of the digest of an image that are kept
 CHUNK = 32  # rows that one thread reads at a time
-VERSION = 3  # of what a check does and stores; raise it with either
+VERSION = 4  # of what a check does and stores; raise it with either
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +48,8 @@ class Report:
     """The rows that cannot be used."""
     digests: np.ndarray
     """[rows checked] int64: identifies images, captions and label of a usable row, wherever they are stored; else 0."""
+    images: np.ndarray
+    """[rows checked, 16] uint8: identifies the image alone of a usable row; else 0."""
     facts: dict[str, Any]
     """Numbers about the usable rows, all of JSON's types."""
 
@@ -60,6 +63,7 @@ class _Checked:
     passing: bool = False
     """Whether the problem may pass while the file stays as it is."""
     digest: int = 0
+    image: bytes = bytes(IMAGE_DIGEST)
     size: tuple[int, int] = (0, 0)
     traits: frozenset[str] = frozenset()
     captions: tuple[str, ...] = ()
@@ -77,7 +81,9 @@ def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, prog
     checked = _check_all(rows, numbers, rules, factor, progress)
     good = [row for row in checked if not row.problem]
     digests = np.array([row.digest for row in checked], np.int64)
-    report = Report({row.number: row.problem for row in checked if row.problem}, digests, _facts(rows, good, rules))
+    images = np.frombuffer(b"".join(row.image for row in checked), np.uint8).reshape(-1, IMAGE_DIGEST)
+    bad = {row.number: row.problem for row in checked if row.problem}
+    report = Report(bad, digests, images, _facts(rows, good, rules))
     if not any(row.passing for row in checked):
         _store(entry, files, report)
     return report
@@ -118,8 +124,17 @@ def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
             _check_pair(decode(small, rules).size, decoded.size, factor)
     except BadRow as problem:
         return _Checked(row.number, Problem(row.name, str(problem)), passing=isinstance(problem, Unreadable))
-    digest = rows.digest(row, content, small)
-    return _Checked(row.number, None, False, digest, decoded.size, decoded.traits, captions or (), label)
+    images = [hashlib.blake2b(image).digest() for image in (content, small) if image]
+    return _Checked(
+        row.number,
+        None,
+        digest=rows.digest(row, images),
+        image=images[0][:IMAGE_DIGEST],
+        size=decoded.size,
+        traits=decoded.traits,
+        captions=captions or (),
+        label=label,
+    )
 
 
 def _check_pair(small: tuple[int, int], size: tuple[int, int], factor: int) -> None:
@@ -193,7 +208,8 @@ def _load(entry: Path, files: str) -> Report | None:
     try:
         with safe_open(entry, framework="numpy") as stored:
             known, digests = json.loads(stored.metadata()["report"]), stored.get_tensor("digests")
-        if fingerprint(digests) != known["fingerprint"]:
+            images = stored.get_tensor("images")
+        if fingerprint(digests) != known["fingerprint"] or _digest(images.tobytes()) != known["images"]:
             raise ValueError("its content is not what was written")
     except FileNotFoundError:
         return None
@@ -201,7 +217,7 @@ def _load(entry: Path, files: str) -> Report | None:
         logger.warning("the stored check of the data, %s, cannot be read and is made anew: %s", entry, error)
         return None
     bad = {number: Problem(name, reason) for number, name, reason in known["bad"]}
-    return Report(bad, digests, known["facts"]) if known["files"] == files else None
+    return Report(bad, digests, images, known["facts"]) if known["files"] == files else None
 
 
 def _store(entry: Path, files: str, report: Report) -> None:
@@ -211,10 +227,12 @@ def _store(entry: Path, files: str, report: Report) -> None:
     """
     bad = [[number, *problem] for number, problem in report.bad.items()]
     known = {"bad": bad, "facts": report.facts, "files": files, "fingerprint": fingerprint(report.digests)}
+    known["images"] = _digest(report.images.tobytes())
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         aside = entry.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")
-        write(aside, [save({"digests": report.digests}, metadata={"report": json.dumps(known)})])
+        arrays = {"digests": report.digests, "images": report.images}
+        write(aside, [save(arrays, metadata={"report": json.dumps(known)})])
         aside.replace(entry)
     except OSError as error:
         logger.warning("the check of the data cannot be kept for the next run: %s", error)

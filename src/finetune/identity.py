@@ -32,6 +32,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.resolution", "asked"),
     ("data.center_crop", "asked"),
     ("data.random_flip", "asked"),
+    ("data.variants", "asked"),
+    ("cache.dtype", "asked"),
     ("data.image_interpolation_mode", "asked"),
     ("data.preparation", "asked"),
     ("data.background", "asked"),
@@ -57,6 +59,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.min_side", "free"),
     ("data.on_error", "free"),
     ("ema.snapshot_every", "free"),
+    ("cache.*", "free"),
     # Another split of the same global batch, or other kernels for the same numbers.
     ("train.num_train_epochs", "free"),
     ("train.train_batch_size", "free"),

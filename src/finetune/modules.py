@@ -13,7 +13,8 @@ from finetune.autoguidance import load_guide
 from finetune.conditioning import Conditioner, build_conditioner
 from finetune.models import UNet, build_unet
 from finetune.objective import Objective, build_objective
-from finetune.space import Space, build_space
+from finetune.space import LatentSpace, Space, build_space
+from finetune.text_conditions import Text
 
 if TYPE_CHECKING:
     from finetune.config import TrainConfig
@@ -50,6 +51,11 @@ class Modules:
     def has_dropout(self) -> bool:
         """Whether the network draws masks by torch's own random state."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.unet.modules())
+
+    @property
+    def frozen(self) -> list[LatentSpace | Text]:
+        """What holds a frozen model."""
+        return [each for each in (self.space, *self.conditioner.parts.values()) if isinstance(each, LatentSpace | Text)]
 
     @property
     def parameters_frozen(self) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def plan_text(trainer: Trainer) -> str:
-    """The plan of `trainer` as an aligned table of at most 20 lines."""
+    """The plan of `trainer` as an aligned table of at most 21 lines."""
     cfg, modules, processes = trainer.cfg, trainer.modules, trainer.accelerator.num_processes
     return table(
         {
@@ -25,6 +25,7 @@ def plan_text(trainer: Trainer) -> str:
             "classes": classes_line(trainer.data.facts),
             "space": f"{cfg.space.kind}, x0 {modules.space.channels}x{modules.space.size}x{modules.space.size}",
             "conditioning": conditioning_line(cfg),
+            "cache": trainer.cached,
             "model": model_line(modules.unet, modules.parameters_frozen),
             "objective": objective_line(cfg),
             "batch": f"{trainer.global_batch} images = {trainer.micro_batch} per micro-step x {trainer.accumulation} "

@@ -157,6 +157,16 @@ class Rows:
             raise BadRow(f"has no caption: the list in column {self.caption_columns[0]!r} is empty")
         return tuple(options)
 
+    def distinct_captions(self, numbers: np.ndarray) -> list[str]:
+        """Every caption of these rows once, without reading their images; not of shards. Raises BadRow."""
+        dataset, found = self.dataset.select_columns(list(dict.fromkeys(self.caption_columns))), {}
+        for start in range(0, len(numbers), 1000):
+            table = dataset[numbers[start : start + 1000].tolist()]
+            for cells in zip(*(table[column] for column in self.caption_columns), strict=True):
+                row = Row(number=0, content=None, path=None, captions=cells, label=None)
+                found |= dict.fromkeys(self.captions(row))
+        return list(found)
+
     def label(self, row: Row) -> int | None:
         """The index into class_names; None if labels are not used. Raises BadRow."""
         if self.class_names is None:
@@ -168,17 +178,16 @@ class Rows:
             raise BadRow(f"has the label {label}, but there are {len(self.class_names)} classes")
         return label
 
-    def digest(self, row: Row, content: bytes, small: bytes = b"") -> int:
+    def digest(self, row: Row, images: Sequence[bytes]) -> int:
         """A number that identifies the images, captions and label of a usable row, wherever they are stored.
 
-        64 bits, signed as numpy's int64, never 0.
+        images: the digest of each. 64 bits, signed as numpy's int64, never 0.
         """
         label = self.label(row)
         name = None if label is None else self.class_names[label]
         words = repr((self.captions(row), label, name)).encode()
         head = len(words).to_bytes(8, "little")
-        images = b"".join(hashlib.blake2b(image).digest() for image in (content, small) if image)
-        total = hashlib.blake2b(head + words + images, digest_size=8).digest()
+        total = hashlib.blake2b(head + words + b"".join(images), digest_size=8).digest()
         return int.from_bytes(total, "little", signed=True) or 1
 
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from finetune import sample, tracking
 from finetune.batching import Batch, first_batch, make_loader
+from finetune.caches import fill_caches
 from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
 from finetune.data import open_data, report_replaced
@@ -86,6 +87,7 @@ class Trainer:
         self.modules = build_modules(
             cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
         )
+        self.data, self.cached = fill_caches(cfg, self.data, self.modules, self.accelerator)
         self.parameters = self.modules.trained
         optimizer = build_optimizer(cfg.optimizer, self.parameters.values())
         self.learning_rate = learning_rate(cfg.optimizer, self.steps)
@@ -113,7 +115,7 @@ class Trainer:
         Raises Preempted after a signal, NonFiniteError after max_nonfinite_steps bad steps in a row.
         """
         cfg, tracker = self.cfg, tracking.Tracker(self.accelerator, self.cfg, resumed_step=self.step)
-        self.pipeline()  # refuses now what could not be sampled at the end
+        self.pipeline(hollow=True)  # refuses now what could not be sampled at the end
         if self.accelerator.is_main_process:
             write_run_files(cfg, data=self.data.facts, data_fingerprint=self.data.fingerprint)
             drop_snapshots_after(self.output_dir / "ema_snapshots", self.step)
@@ -196,7 +198,7 @@ class Trainer:
 
     def _loss(self, batch: Batch, micro: int) -> MicroBatch:
         random = PositionRandom(self.cfg.seed, batch.positions, self.accelerator.device)
-        x0 = self.modules.space.encode(batch.pixel_values.to(self.accelerator.device, non_blocking=True), random)
+        x0 = self.modules.space.x0(batch, random, self.accelerator.device)
         condition = self.modules.conditioner(batch, random)
         if self.modules.has_dropout:  # the one draw that torch makes for itself: keyed by batch, micro-step and process
             torch.manual_seed(key(self.cfg.seed, "dropout", self.state.batches, micro, self.accelerator.process_index))
@@ -249,8 +251,13 @@ class Trainer:
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
-    def pipeline(self) -> DiffusionPipeline:
-        """The pipeline around the live modules (no copies). Inside `averaged_weights` it samples from the average."""
+    def pipeline(self, *, hollow: bool = False) -> DiffusionPipeline:
+        """The pipeline around the live modules (no copies). Inside `averaged_weights` it samples from the average.
+
+        hollow: to look at only; frozen models that training does not need are not loaded for it.
+        """
+        for frozen in self.modules.frozen if not hollow else ():
+            frozen.load("for pictures and the export")
         parts = (self.modules.unet, self.modules.space, self.modules.conditioner, self.modules.objective.scheduler)
         return build_pipeline(*parts, self.cfg, guide=self.modules.guide)
 
@@ -281,6 +288,8 @@ class Trainer:
                     SIGNALS.interrupting(),
                 ):
                     sample.draw_grid(self.pipeline(), self.cfg, self.sample_path, shown)
+            for frozen in self.modules.frozen:
+                frozen.put_aside()
         self.accelerator.wait_for_everyone()
         self.stop = int(largest(self.accelerator, SIGNALS.received))
 
