@@ -114,7 +114,7 @@ class Records:
             return _record(self._open(shard), file, index)
         except (OSError, Damaged) as problem:
             if isinstance(problem, Damaged) and os.path.exists(file.path):
-                os.utime(file.path)  # to be read through by the next start
+                os.utime(file.path, (0, 0))  # to be read through by the next start
             raise DataError(
                 f"the cache file {file.path} cannot be read any more: {problem}. Give the same command again: it makes "
                 "what is damaged anew"
