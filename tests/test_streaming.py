@@ -23,10 +23,11 @@ from PIL import Image
 from fake_hub import FakeHub, Reply
 from finetune.batching import make_loader
 from finetune.config import TrainConfig
-from finetune.data import Sample, TrainData, open_data
+from finetune.data import TrainData, open_data
 from finetune.errors import ConfigError, DataError
 from finetune.order import RowOrder
 from finetune.plan import data_line
+from finetune.samples import Sample
 from finetune.shards import Shards
 from forked import last_step, log, metrics, run, state
 from tiny import ROOT, config

@@ -1,5 +1,6 @@
 """The held-out loss: which images are held out, what is measured of them, and what is concluded from it."""
 
+import hashlib
 import io
 import json
 import math
@@ -23,7 +24,6 @@ from finetune.config_objective import Objective
 from finetune.data import open_data
 from finetune.errors import DataError
 from finetune.objective import build_objective
-from finetune.rows import image_digest
 from finetune.seeding import PositionRandom, key
 from finetune.trainer import Trainer
 from finetune.validation import HeldOut, StratifiedLevels, standard_error
@@ -65,6 +65,16 @@ def opened(contents, labels=None, share=SHARE, **data):
     return open_data(cfg, dataset=table(contents, labels), progress=False)
 
 
+def signed(content: bytes) -> int:
+    """What draws for an image are keyed by."""
+    return int.from_bytes(hashlib.blake2b(content).digest()[:8], "little", signed=True)
+
+
+def image_number(content: bytes) -> int:
+    """What decides whether an image is held out."""
+    return signed(content) % 2**64
+
+
 def held_out(contents, *arguments, **settings):
     """The pictures that are held out, after a look at whether each row is on one side."""
     data = opened(contents, *arguments, **settings)
@@ -78,7 +88,7 @@ def held_out(contents, *arguments, **settings):
 
 def test_the_split_hangs_on_the_bytes_of_an_image_alone(pictures):
     chosen = held_out(pictures)
-    assert chosen == {content for content in pictures if image_digest(content) % 2**64 < SHARE * 2**64}
+    assert chosen == {content for content in pictures if image_number(content) < SHARE * 2**64}
     assert abs(len(chosen) - SHARE * 300) < 4 * math.sqrt(300 * SHARE * (1 - SHARE))
     more = [png(np.random.default_rng(1)) for _ in range(50)]
     assert held_out(more + pictures[::-1]) & set(pictures) == chosen, "others come, and the order changes"
@@ -96,7 +106,7 @@ def test_negative_control_a_split_by_the_whole_row_or_its_number_moves_images(pi
 
     plain, labelled = (opened(pictures, labels, share=0) for labels in (None, [1] * 300))
     assert sides(plain, plain.digests) != sides(labelled, labelled.digests)
-    assert sides(plain, plain.image_digests) == sides(labelled, labelled.image_digests)
+    assert sides(plain, plain.image_numbers) == sides(labelled, labelled.image_numbers)
 
 
 def test_what_is_held_out_is_not_trained_on_and_counts_as_content(pictures):
@@ -108,7 +118,7 @@ def test_what_is_held_out_is_not_trained_on_and_counts_as_content(pictures):
     changed = list(pictures)
     row = int(data.held_out.rows[0])
     rng = np.random.default_rng(2)
-    changed[row] = next(made for made in iter(lambda: png(rng), None) if image_digest(made) % 2**64 < SHARE * 2**64)
+    changed[row] = next(made for made in iter(lambda: png(rng), None) if image_number(made) < SHARE * 2**64)
     other = opened(changed)
     assert other.fingerprint == data.fingerprint and other.content != data.content
     assert data.held_out.rules.center_crop and not data.held_out.rules.random_flip and data.rules.random_flip
@@ -160,8 +170,8 @@ def test_the_loss_is_the_one_computed_by_hand(tmp_path, pictures):
     labels = [row % 3 for row in range(300)]
     trainer = Trainer(cfg, dataset=table(pictures, labels))
     scheduler = DDPMScheduler()
-    order = sorted(range(300), key=lambda row: image_digest(pictures[row]) % 2**64)
-    first = sum(image_digest(pictures[row]) % 2**64 < SHARE * 2**64 for row in order)
+    order = sorted(range(300), key=lambda row: image_number(pictures[row]))
+    first = sum(image_number(pictures[row]) < SHARE * 2**64 for row in order)
     line = trainer.validation.measure(trainer)
     for name, rows in (("validation", order[:6]), ("train_validation", order[first : first + 6])):
         losses = []
@@ -169,7 +179,7 @@ def test_the_loss_is_the_one_computed_by_hand(tmp_path, pictures):
             pixels = np.asarray(Pillow.open(io.BytesIO(pictures[row]))).transpose(2, 0, 1)
             x0 = torch.tensor(pixels / 127.5 - 1, dtype=torch.float32)
             for j in range(3):
-                position = torch.tensor([key(0, "validation", image_digest(pictures[row]), j) >> 1])
+                position = torch.tensor([key(0, "validation", signed(pictures[row]), j) >> 1])
                 random = PositionRandom(0, position)
                 t = (1000 * (j + random.uniform("level")) / 3).long()
                 noise = random.normal("noise", (3, 8, 8))
@@ -351,7 +361,7 @@ def sided(trained, held):
     while min(map(len, made.values())) < 20:
         for low, high in {trained, held}:
             content = png(rng, low, high)
-            side = image_digest(content) % 2**64 < 0.5 * 2**64
+            side = image_number(content) < 0.5 * 2**64
             if (low, high) == (held if side else trained):
                 made[side].append(content)
     return table([*made[True][:20], *made[False][:20]])

@@ -1,8 +1,9 @@
 """Every setting of a run, as nested frozen sections. Imports no torch; the text under a field is its only help text.
 
 Names are those of diffusers and Accelerate. Choices are unions told apart by `kind` (config_choices.py,
-config_objective.py); Data stands in config_data.py, Sample in config_sample.py. A default names its source;
-"train_unconditional" is the diffusers script of that name, whose defaults hold when only data and resolution are given.
+config_objective.py); Data stands in config_data.py, Sample in config_sample.py, Cache in config_cache.py. A default
+names its source; "train_unconditional" is the diffusers script of that name, whose defaults hold when only data and
+resolution are given.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune.config_cache import Cache, cache_contradictions
 from finetune.config_captions import Captions, caption_contradictions
 from finetune.config_choices import (
     Conditioning,
@@ -237,6 +239,7 @@ class TrainConfig:
     tracking: Tracking = Field(default_factory=Tracking)
     sample: Sample = Field(default_factory=Sample)
     validation: Validation = Field(default_factory=Validation)
+    cache: Cache = Field(default_factory=Cache)
     hub: Hub = Field(default_factory=Hub)
 
     def __post_init__(self) -> None:
@@ -280,6 +283,11 @@ class TrainConfig:
                 "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
                 "variance.kind fixed_small or fixed_large with vb_loss none"
             )
+        changing = {
+            "words_change": self.captions.shuffle or self.captions.tag_dropout > 0,
+            "text_trained": self.train.train_text_encoder,
+        }
+        yield from cache_contradictions(self.cache, data, self.space.kind, parts, **changing)
         yield from contradictions(self.sample, objective)
         best_metric = self.checkpoint.best_metric
         yield from validation_contradictions(self.validation, streaming=data.streaming, best_metric=best_metric)

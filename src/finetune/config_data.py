@@ -67,6 +67,8 @@ class Data:
     """Crop the centre instead of a random place (random as in train_unconditional)."""
     random_flip: bool = False
     """Mirror each image left to right with probability one half."""
+    variants: Count | None = None
+    """Crops and flips that each image gets, in turns of an epoch each; unset: new ones in every epoch."""
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] = "bilinear"
     """Filter of the resize, antialiased (bilinear as in train_unconditional)."""
     preparation: Literal["standard", "iddpm"] = "standard"
@@ -99,6 +101,11 @@ class Data:
                 f"data.image_interpolation_mode is {self.image_interpolation_mode}, but data.preparation iddpm has its "
                 "own filters (box, then bicubic): remove one of them"
             )
+        if self.variants is not None and self.is_deterministic:
+            raise ValueError(
+                f"data.variants is {self.variants}, but data.center_crop or data.preparation iddpm without "
+                "data.random_flip makes the same of an image in every epoch: remove it"
+            )
         self._refuse_what_has_no_buckets()
         self._refuse_what_does_not_stream()
 
@@ -129,6 +136,11 @@ class Data:
     def longest_side(self) -> int:
         """Of a bucket, in pixels."""
         return self.bucket_max_side or 2 * self.resolution
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether the settings leave nothing of the crop and the flip to chance."""
+        return (self.center_crop or self.preparation == "iddpm") and not self.random_flip
 
     def _refuse_what_does_not_stream(self) -> None:
         if not self.streaming:

@@ -6,23 +6,24 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from finetune.buckets import BucketOrder, Buckets, fill, summary
+from finetune.cached import CachedLatents
 from finetune.captions import caption_of, whole
 from finetune.config import Data, TrainConfig
 from finetune.config_choices import conditions
 from finetune.data_changes import fingerprint
-from finetune.datacheck import check, explain, refuse_or_warn
+from finetune.datacheck import IMAGE_DIGEST, check, explain, refuse_or_warn
 from finetune.errors import ConfigError, DataError
 from finetune.folder import Problem
 from finetune.images import BadRow, background_rgb, decode, prepare, strict_pillow
 from finetune.order import Order, RowOrder, UnitOrder, Units
 from finetune.rows import Row, Rows, rows_of
+from finetune.samples import Replaced, Sample
 from finetune.seeding import key, permutation
 from finetune.shards import Shards
 from finetune.sources import Source, open_source
@@ -30,35 +31,6 @@ from finetune.sources import Source, open_source
 log = logging.getLogger(__name__)
 FIRST_ROWS = 16  # rows of a stream that are checked before training
 REPLACEMENTS = 16  # rows that are tried in the place of one; if half of all are bad, all fail once in 65,536 times
-
-
-class Replaced(NamedTuple):
-    """A row that turned unusable after the check, and was replaced in one sample (data.on_error skip)."""
-
-    row: int
-    used: int
-    """The row that stands in for it."""
-    reason: str
-    """Names the row, or its file, and what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One training example."""
-
-    row: int
-    """Its number in the data set."""
-
-    pixels: torch.Tensor
-    """[channels, height, width] float32 in [-1, 1]."""
-    caption: str | None
-    label: int | None
-    time_ids: tuple[int, ...]
-    """Sizes: see `images.Prepared`."""
-    low_res: torch.Tensor | None
-    """The small image, if the data has one: see `images.Prepared`."""
-    replaced: Replaced | None = None
-    """Set if `row` stands in for another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +44,9 @@ class TrainData:
     """[n] int64: the numbers of the usable rows, ascending; of a stream, those that are not known to be unusable."""
     digests: np.ndarray
     """[rows found] int64: what identifies the images, captions and label of a row of `rows`; 0 for all others."""
-    image_digests: np.ndarray
-    """[rows found] int64: what identifies the stored bytes of the image of a usable row, and nothing else; 0 for all
-    others; of a stream, empty."""
+    images: np.ndarray
+    """[rows found, 16] uint8: what identifies the stored bytes of the image of a usable row, and nothing else; 0 for
+    all others; of a stream, nothing."""
     sizes: np.ndarray
     """[rows found, 2] int32: height and width of the image of a row of `rows`, in pixels; 0 for all others. Of a
     stream, nothing."""
@@ -89,6 +61,8 @@ class TrainData:
     """The rows that are kept from training, none of which is among `rows`; cropped at the centre, not mirrored."""
     buckets: Buckets | None = None
     """The shapes of the training images; None: all are squares."""
+    latents: CachedLatents | None = None
+    """Where samples have their moments from, and no pixels then."""
 
     def __len__(self) -> int:
         """The number of samples of one epoch."""
@@ -168,6 +142,16 @@ class TrainData:
             known["held_out"] = self.held_out.with_order_of({"digests": then["held_out"]})
         return replace(self, **known, sizes=then.get("sizes", self.sizes))
 
+    def shape(self, row: int) -> tuple[int, int]:
+        """Height and width of the training image of a row, in pixels."""
+        side = self.rules.resolution
+        return (side, side) if self.buckets is None else self.buckets.shape(row)
+
+    @property
+    def image_numbers(self) -> np.ndarray:
+        """[rows found] uint64: the first half of `images`."""
+        return np.ascontiguousarray(self.images[:, :8]).view("<u8")[:, 0]
+
     def holding_out(self, share: float) -> TrainData:
         """These data without the rows whose image is held out, which become `held_out`.
 
@@ -175,11 +159,11 @@ class TrainData:
         `share` of all: whatever its caption, its label and the other rows are. Raises DataError if there are not two
         different images on each side, without which there is no standard error.
         """
-        chosen = self.image_digests.view(np.uint64) < share * 2.0**64
+        chosen = self.image_numbers < share * 2.0**64
         sides = []
         for side, what in ((~chosen, "to train on"), (chosen, "held out")):
             digests = np.where(side, self.digests, 0)
-            if (found := len(np.unique(self.image_digests[digests != 0]))) < 2:
+            if (found := len(np.unique(self.image_numbers[digests != 0]))) < 2:
                 raise DataError(
                     f"validation.held_out {share:g} of {len(self):,} images leaves {found} {what}, as their bytes "
                     "decide it, and a standard error takes two: set another share, or give more images"
@@ -196,7 +180,7 @@ class TrainData:
 
         A row that turned unusable since it was checked is a DataError; with data.on_error skip another row of its
         bucket stands in for it, which follows from (seed, epoch, row), so that every process and every resume makes the
-        same of it. Training says so once per row: see `report_replaced`.
+        same of it. Training says so once per row: see `samples.report_replaced`.
         """
         with strict_pillow():
             return [self._sample(row, int(e)) for row, e in zip(self.table.read(rows), epochs, strict=True)]
@@ -221,25 +205,18 @@ class TrainData:
         raise DataError(f"{reason}; nor can any of the {REPLACEMENTS} rows be used that were drawn in its place")
 
     def _made(self, row: Row, epoch: int) -> Sample:
+        options, label = self.table.captions(row), self.table.label(row)
+        words = {"seed": self.seed, "epoch": epoch, "row": row.number}
+        caption = None if options is None else caption_of(options, self.table.wording(row), **words)
+        if self.latents is not None:
+            moments, time_ids = self.latents.read(row.number, epoch)
+            return Sample(row.number, None, caption, label, time_ids, None, moments=moments)
         image = decode(self.table.image_bytes(row), self.rules).image
         small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
-        options, label = self.table.captions(row), self.table.label(row)
-        place = {"seed": self.seed, "epoch": epoch, "row": row.number}
-        shape = None if self.buckets is None else self.buckets.shape(row.number)
-        made = prepare(image, self.rules, **place, shape=shape, small=small, factor=self.factor)
-        caption = None if options is None else caption_of(options, self.table.wording(row), **place)
+        turn = epoch if self.rules.variants is None else epoch % self.rules.variants
+        place = {"seed": self.seed, "epoch": turn, "row": row.number}
+        made = prepare(image, self.rules, **place, shape=self.shape(row.number), small=small, factor=self.factor)
         return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res)
-
-
-def report_replaced(replaced: Sequence[Replaced], told: set[int]) -> None:
-    """Log each replaced row that is not in `told` yet, and add it; for the training process, batch by batch.
-
-    As an error: of processes other than the main one nothing less is shown, and each reads rows of its own.
-    """
-    for row, used, reason in replaced:
-        if row not in told:
-            log.error("%s. Replaced when it is drawn (data.on_error skip), this time by row %d.", reason, used)
-            told.add(row)
 
 
 def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: bool = True) -> TrainData:
@@ -272,10 +249,9 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
     report = check(table, numbers, rules, factor=factor, progress=progress)
     problems = _all_problems(source, report.bad)
     refuse_or_warn(problems, source.name, rules)
-    digests, image_digests = np.zeros((2, len(table)), np.int64)
+    digests, images = np.zeros(len(table), np.int64), np.zeros((len(table), IMAGE_DIGEST), np.uint8)
     sizes = np.zeros((len(table), 2), np.int32)
-    digests[numbers], image_digests[numbers] = report.digests, report.image_digests
-    sizes[numbers] = report.sizes
+    digests[numbers], images[numbers], sizes[numbers] = report.digests, report.images, report.sizes
     usable = np.flatnonzero(digests)
     if not len(usable):
         raise DataError(f"{source.name} has no usable row")
@@ -286,11 +262,11 @@ def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: boo
         seed=cfg.seed,
         rows=usable,
         digests=digests,
-        image_digests=image_digests,
         sizes=sizes,
         fingerprint=fingerprint(digests),
         factor=factor,
         facts=facts,
+        images=images,
     )
     return data.holding_out(cfg.validation.held_out) if cfg.validation.held_out else data
 
@@ -318,11 +294,11 @@ def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> 
         seed=cfg.seed,
         rows=rows,
         digests=np.zeros(0, np.int64),
-        image_digests=np.zeros(0, np.int64),
         sizes=np.zeros((0, 2), np.int32),
         fingerprint=content.hexdigest(),
         factor=factor,
         facts=facts,
+        images=np.zeros((0, IMAGE_DIGEST), np.uint8),
     )
 
 

@@ -30,9 +30,10 @@ from finetune.durable import write
 from finetune.errors import DataError
 from finetune.folder import MOST_LISTED, Problem
 from finetune.images import BadRow, decode, strict_pillow
-from finetune.rows import Row, Rows, Unreadable, image_digest
+from finetune.rows import Row, Rows, Unreadable
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a name must not forge lines of a report
+IMAGE_DIGEST = 16  # bytes of the digest of an image that are kept
 CHUNK = 32  # rows that one thread reads at a time
 VERSION = 4  # of what a check does and stores; raise it with either
 logger = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ class Report:
     """The rows that cannot be used."""
     digests: np.ndarray
     """[rows checked] int64: identifies images, captions and label of a usable row, wherever they are stored; else 0."""
-    image_digests: np.ndarray
-    """[rows checked] int64: identifies the stored bytes of the image alone; 0 for a row that cannot be used."""
+    images: np.ndarray
+    """[rows checked, 16] uint8: identifies the stored bytes of the image alone of a usable row; else 0."""
     sizes: np.ndarray
     """[rows checked, 2] int32: height and width of the upright image of a usable row, in pixels; else 0."""
     facts: dict[str, Any]
@@ -63,7 +64,7 @@ class _Checked:
     passing: bool = False
     """Whether the problem may pass while the file stays as it is."""
     digest: int = 0
-    image_digest: int = 0
+    image: bytes = bytes(IMAGE_DIGEST)
     size: tuple[int, int] = (0, 0)
     traits: frozenset[str] = frozenset()
     captions: tuple[str, ...] = ()
@@ -82,9 +83,9 @@ def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, prog
     good = [row for row in checked if not row.problem]
     bad = {row.number: row.problem for row in checked if row.problem}
     digests = np.array([row.digest for row in checked], np.int64)
-    image_digests = np.array([row.image_digest for row in checked], np.int64)
+    images = np.frombuffer(b"".join(row.image for row in checked), np.uint8).reshape(-1, IMAGE_DIGEST)
     sizes = np.array([row.size[::-1] for row in checked], np.int32).reshape(-1, 2)
-    report = Report(bad, digests, image_digests, sizes, _facts(rows, good, rules))
+    report = Report(bad, digests, images, sizes, _facts(rows, good, rules))
     if not any(row.passing for row in checked):
         _store(entry, files, report)
     return report
@@ -129,8 +130,17 @@ def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
             _check_pair(decode(small, rules).size, decoded.size, factor)
     except BadRow as problem:
         return _Checked(row.number, Problem(row.name, str(problem)), passing=isinstance(problem, Unreadable))
-    digests = rows.digest(row, content, small), image_digest(content)
-    return _Checked(row.number, None, False, *digests, decoded.size, decoded.traits, captions or (), label)
+    images = [hashlib.blake2b(image).digest() for image in (content, small) if image]
+    return _Checked(
+        row.number,
+        None,
+        digest=rows.digest(row, images),
+        image=images[0][:IMAGE_DIGEST],
+        size=decoded.size,
+        traits=decoded.traits,
+        captions=captions or (),
+        label=label,
+    )
 
 
 def _check_pair(small: tuple[int, int], size: tuple[int, int], factor: int) -> None:
@@ -230,7 +240,7 @@ def _store(entry: Path, files: str, report: Report) -> None:
     files: as they were before they were read, so that one that changes meanwhile is checked again by the next run.
     """
     bad = [[number, *problem] for number, problem in report.bad.items()]
-    tensors = {"digests": report.digests, "images": report.image_digests, "sizes": report.sizes}
+    tensors = {"digests": report.digests, "images": report.images, "sizes": report.sizes}
     contents = [_digest(array.tobytes()) for array in tensors.values()]
     known = {"bad": bad, "facts": report.facts, "files": files, "contents": contents}
     try:

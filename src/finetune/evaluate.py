@@ -54,7 +54,7 @@ class Subject:
         The position of a sample is its row, so that what is drawn for it depends on nothing else but the seed.
         """
         from finetune.batching import collate
-        from finetune.data import report_replaced
+        from finetune.samples import report_replaced
 
         told: set[int] = set()
         rows = self.data.rows[permutation(seed, "evaluate", 0, len(self.data))[:num_samples]]

@@ -34,6 +34,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.bucket*", "asked"),
     ("data.center_crop", "asked"),
     ("data.random_flip", "asked"),
+    ("data.variants", "asked"),
+    ("cache.dtype", "asked"),
     ("data.image_interpolation_mode", "asked"),
     ("data.preparation", "asked"),
     ("data.background", "asked"),
@@ -62,6 +64,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.min_side", "free"),
     ("data.on_error", "free"),
     ("ema.snapshot_every", "free"),
+    ("cache.*", "free"),
     # Another split of the same global batch, or other kernels for the same numbers.
     ("train.num_train_epochs", "free"),
     ("train.train_batch_size", "free"),

@@ -15,7 +15,7 @@ from finetune.errors import ConfigError
 from finetune.lora import add_lora, add_text_lora, load_trained_state, trained_state
 from finetune.models import UNet, build_unet
 from finetune.objective import Objective, build_objective
-from finetune.space import Space, build_space
+from finetune.space import LatentSpace, Space, build_space
 from finetune.text_conditions import Text
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ class Modules:
     def side_multiple(self) -> int:
         """What the sides of a training image must be multiples of, in pixels: VAE and UNet reduce them by it."""
         return self.space.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @property
+    def frozen(self) -> list[LatentSpace | Text]:
+        """What holds a frozen model."""
+        return [each for each in (self.space, *self.conditioner.parts.values()) if isinstance(each, LatentSpace | Text)]
 
     @property
     def parameters_frozen(self) -> int:

@@ -20,7 +20,7 @@ MOST_SUBSETS = 4  # that the plan names
 
 
 def plan_text(trainer: Trainer) -> str:
-    """The plan of `trainer` as an aligned table of at most 20 lines."""
+    """The plan of `trainer` as an aligned table of at most 21 lines."""
     cfg, modules, processes = trainer.cfg, trainer.modules, trainer.accelerator.num_processes
     return table(
         {
@@ -30,6 +30,7 @@ def plan_text(trainer: Trainer) -> str:
             "classes": classes_line(trainer.data.facts),
             "space": f"{cfg.space.kind}, x0 {modules.space.channels}x{modules.space.size}x{modules.space.size}",
             "conditioning": conditioning_line(cfg),
+            "cache": trainer.cached,
             "model": model_line(modules),
             "adapter": adapter_line(cfg, modules.unet),
             "objective": objective_line(cfg),

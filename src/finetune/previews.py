@@ -46,6 +46,8 @@ def draw_samples(trainer: Trainer, *, again: bool) -> None:
             if accelerator.shards:  # of what the weights are spread over, each has to take part in every evaluation
                 share = {}
             drawn = sample.draw(pipeline, cfg, shown, **share)
+        for frozen in trainer.modules.frozen:
+            frozen.put_aside()
         accelerator.wait_for_everyone()  # before the collectives, which do not wait for ever
         if not largest(accelerator, SIGNALS.received):
             images = _in_order(gather_object([drawn]))

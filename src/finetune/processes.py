@@ -201,6 +201,16 @@ class Processes(Accelerator):
         if first:
             self.wait_for_everyone()
 
+    @contextlib.contextmanager
+    def all_together(self) -> Iterator[None]:
+        """Each process does its share inside, and leaves when all have, however long that takes."""
+        try:
+            yield
+        except Exception as error:
+            self.leave(error)
+            raise
+        self.wait_for_everyone()
+
     def leave(self, error: Exception) -> None:
         """Tell the other processes that this one ends, and why."""
         if self.lifeline:

@@ -190,24 +190,18 @@ class Rows:
             raise BadRow(f"has the label {label}, but there are {len(self.class_names)} classes")
         return label
 
-    def digest(self, row: Row, content: bytes, small: bytes = b"") -> int:
+    def digest(self, row: Row, images: Sequence[bytes]) -> int:
         """A number that identifies the images, captions and label of a usable row, wherever they are stored.
 
-        64 bits, signed as numpy's int64, never 0.
+        images: the digest of each. 64 bits, signed as numpy's int64, never 0.
         """
         label = self.label(row)
         name = None if label is None else self.class_names[label]
         own = () if self.subsets is None else (dict(self.subsets.wording[self.subsets.of[row.number]]),)
         words = repr((self.captions(row), label, name, *filter(None, own))).encode()
         head = len(words).to_bytes(8, "little")
-        images = b"".join(hashlib.blake2b(image).digest() for image in (content, small) if image)
-        total = hashlib.blake2b(head + words + images, digest_size=8).digest()
+        total = hashlib.blake2b(head + words + b"".join(images), digest_size=8).digest()
         return int.from_bytes(total, "little", signed=True) or 1
-
-
-def image_digest(content: bytes) -> int:
-    """A number that identifies the stored bytes of an image and nothing else: 64 bits, signed as int64, never 0."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True) or 1
 
 
 def rows_of(

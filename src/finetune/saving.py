@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from finetune.config_validation import METRICS
 from finetune.errors import CheckpointError, ConfigError, NonFiniteError
 from finetune.processes import largest
 from finetune.retention import tidy
-from finetune.sharding import Parts, held
+from finetune.sharding import Parts, gathered, held
 
 if TYPE_CHECKING:
     from finetune.trainer import Trainer
@@ -152,6 +153,21 @@ class Saver:
             torch.cuda.synchronize()
         self._copies = copies
         return copies
+
+
+def parts_of(trainer: Trainer) -> Parts:
+    """The tensors of a checkpoint of this moment; with FSDP2, all processes gather them for the main one."""
+    parts, accelerator = trainer.state.parts(), trainer.accelerator
+    return gathered(parts, keep=accelerator.is_main_process) if accelerator.shards else parts
+
+
+def write_checkpoint(trainer: Trainer, parts: Parts, *, required: bool) -> None:
+    """Write, or begin to, a checkpoint of `parts`, which are those of this moment, and of all else that it keeps."""
+    facts = trainer.state.facts() | {"samples_seen": trainer.state.batches * trainer.global_batch}
+    parts = {**parts, "data": {name: torch.from_numpy(values) for name, values in trainer.data.kept.items()}}
+    if trainer.validation:
+        parts, facts = parts | trainer.validation.parts(), facts | trainer.validation.facts()
+    trainer.saver.save(parts, facts | dataclasses.asdict(trainer.facts), required=required)
 
 
 def nonfinite(parts: Parts) -> list[str]:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from finetune.batching import Batch
+    from finetune.cached import CachedTexts
     from finetune.conditioning import Conditioner
     from finetune.data import TrainData
+    from finetune.frozen import Frozen
     from finetune.seeding import PositionRandom
 
 log = logging.getLogger(__name__)
@@ -40,15 +42,17 @@ class Text(Single):
         *,
         dropout: float = 0.0,
         null: str = "empty_prompt",
+        weights: Frozen | None = None,
     ) -> None:
-        """null: "empty_prompt" or "zero". Raises ConfigError for another's tokenizer.
+        """null: "empty_prompt" or "zero". weights: where a hollow text encoder has its own from when it computes.
+        Raises ConfigError for another's tokenizer.
 
         The text encoder is put into evaluation mode. It is not frozen here, as a pipeline around the live modules makes
         one of these around an encoder that is being trained.
         """
         _check_pair(text_encoder, tokenizer)
         self.text_encoder = text_encoder.eval()
-        self.tokenizer, self.dropout, self.null = tokenizer, dropout, null
+        self.tokenizer, self.dropout, self.null, self.weights = tokenizer, dropout, null, weights
         self.width: int = text_encoder.config.hidden_size
         self.chunks = 1
         """Pieces of the encoder's length that a text is read in."""
@@ -56,6 +60,8 @@ class Text(Single):
         """Whether this run trains the encoder, or a LoRA in it: gradients then flow, and nothing is remembered."""
         self.truncated = 0
         """Captions encoded so far that were longer than the encoder reads."""
+        self.stored: CachedTexts | None = None
+        """Embeddings that are on the disk."""
         self._cache: dict[str, Tensor] = {}
 
     @property
@@ -77,8 +83,41 @@ class Text(Single):
         condition = self.condition([""] * n)
         return condition if self.null == "empty_prompt" else {k: torch.zeros_like(v) for k, v in condition.items()}
 
+    @property
+    def reads(self) -> str:
+        """What is read of the text encoder, and how: all that an embedding depends on beside weights and tokenizer."""
+        return f"{self.kind} of {self.chunks} chunks"
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """What another condition needs to read the same encoder."""
+        return {"text_encoder": self.text_encoder, "tokenizer": self.tokenizer, "weights": self.weights}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text encoder computes."""
+        return self.text_encoder.device if self.weights is None else torch.device(self.weights.device)
+
+    def load(self, why: str) -> None:
+        """See that the text encoder has its weights, on its device."""
+        if self.weights is not None:
+            self.weights.fill(self.text_encoder, why=why)
+
+    def put_aside(self) -> None:
+        """Let the device have the text encoder's memory until it is needed again; only if embeddings are cached."""
+        if self.weights is not None:
+            self.weights.put_aside(self.text_encoder)
+
+    @torch.no_grad()
+    def embeddings(self, texts: Sequence[str]) -> Tensor:
+        """texts, each different -> [n, ...] float32 on the CPU, as training sees them."""
+        parts = [texts[start : start + ENCODER_BATCH] for start in range(0, len(texts), ENCODER_BATCH)]
+        rows = [self._encode([*part, *[""] * (ENCODER_BATCH - len(part))]).cpu()[: len(part)] for part in parts]
+        return torch.cat(rows)
+
     def _embed(self, texts: Sequence[str]) -> Tensor:
-        """texts -> [n, ...] float32 on the encoder's device. Those of a frozen encoder are remembered.
+        """texts -> [n, ...] float32 on the encoder's device. Those of a frozen encoder are remembered: on the disk, if
+        they were cached, or in memory.
 
         Encoded in batches of one fixed shape, filled with empty prompts: matrix products round differently in batches
         of different sizes, and a text's embedding must not depend on what it came with or on what was remembered, or
@@ -90,20 +129,21 @@ class Text(Single):
             distinct = list(dict.fromkeys(texts))
             place = {text: row for row, text in enumerate(distinct)}
             return self._encode(distinct)[[place[text] for text in texts]]
-        fresh: dict[str, Tensor] = {}
         new = [text for text in dict.fromkeys(texts) if text not in self._cache]
+        fresh = {} if self.stored is None else self.stored.read(new)
+        new = [text for text in new if text not in fresh]
         for start in range(0, len(new), ENCODER_BATCH):
             part = new[start : start + ENCODER_BATCH]
-            with torch.no_grad():
-                rows = self._encode(part + [""] * (ENCODER_BATCH - len(part))).cpu()
-            fresh.update(zip(part, rows, strict=False))
-            for text, row in zip(part, rows, strict=False):
+            rows = self.embeddings(part)
+            fresh.update(zip(part, rows, strict=True))
+            for text, row in zip(part, rows, strict=True):
                 if not self.trained and (len(self._cache) + 1) * row.nbytes <= CACHE_BYTES:
                     self._cache[text] = row.clone()  # not a view, which would keep the whole batch
         rows = [self._cache[text] if text in self._cache else fresh[text] for text in texts]
-        return torch.stack(rows).to(self.text_encoder.device)
+        return torch.stack(rows).to(self.device)
 
     def _encode(self, texts: list[str]) -> Tensor:
+        self.load("to read texts")
         for text, n in zip(texts, self.lengths(texts), strict=True):
             if n > self.longest:
                 if not self.truncated:
@@ -163,16 +203,10 @@ class TextSequence(Text):
     argument = "encoder_hidden_states"
 
     def __init__(
-        self,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        *,
-        chunks: int = 1,
-        dropout: float = 0.0,
-        null: str = "empty_prompt",
+        self, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *, chunks: int = 1, **options: Any
     ) -> None:
-        """As Text; chunks: pieces that a text is read in."""
-        super().__init__(text_encoder, tokenizer, dropout=dropout, null=null)
+        """chunks: pieces that a text is read in. options: as of Text."""
+        super().__init__(text_encoder, tokenizer, **options)
         self.chunks = chunks
 
     def _read(self, output: Any) -> Tensor:

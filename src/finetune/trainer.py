@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 
 from finetune import tracking
 from finetune.batching import Batch, make_loader
+from finetune.caches import fill_caches
 from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
-from finetune.data import open_data, report_replaced
+from finetune.data import open_data
 from finetune.ema import Ema, drop_snapshots_after
 from finetune.errors import CheckpointError
 from finetune.failures import MicroBatch, command_to_resume, count_skipped, losing_nothing, whereabouts
@@ -33,9 +34,10 @@ from finetune.previews import draw_samples
 from finetune.processes import average_gradients, build_accelerator, largest, set_kernels
 from finetune.provenance import write_run_files
 from finetune.resume import as_the_run_began, find_checkpoint, resume, run_facts_of
-from finetune.saving import Saver, nonfinite, refuse_nonfinite
+from finetune.samples import report_replaced
+from finetune.saving import Saver, nonfinite, parts_of, refuse_nonfinite, write_checkpoint
 from finetune.seeding import PositionRandom, key
-from finetune.sharding import Parts, gathered, unsharded
+from finetune.sharding import unsharded
 from finetune.signals import SIGNALS, preempted
 from finetune.text_conditions import with_token_facts
 from finetune.training_state import TrainingState
@@ -90,6 +92,7 @@ class Trainer:
             cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
         )
         self.data = with_token_facts(self.data.in_buckets(self.modules.side_multiple), self.modules.conditioner)
+        self.data, self.cached = fill_caches(cfg, self.data, self.modules, self.accelerator)
         self.steps = cfg.train.max_train_steps or self.data.steps(
             cfg.train.num_train_epochs, global_batch=self.global_batch
         )
@@ -122,7 +125,7 @@ class Trainer:
         """
         cfg, resumed_step = self.cfg, self.step if self.resumed else -1  # a fresh start writes step 0 anew
         tracker = tracking.Tracker(self.accelerator, cfg, resumed_step=resumed_step)
-        self.pipeline()  # refuses now what could not be sampled at the end
+        self.pipeline(hollow=True)  # refuses now what could not be sampled at the end
         if self.accelerator.is_main_process:
             write_run_files(cfg, data=self.data.facts, data_fingerprint=self.data.fingerprint)
             drop_snapshots_after(self.output_dir / "ema_snapshots", self.step)
@@ -208,7 +211,7 @@ class Trainer:
 
     def _loss(self, batch: Batch, micro: int) -> MicroBatch:
         random = PositionRandom(self.cfg.seed, batch.positions, self.accelerator.device)
-        x0 = self.modules.space.encode(batch.pixel_values.to(self.accelerator.device, non_blocking=True), random)
+        x0 = self.modules.space.x0(batch, random, self.accelerator.device)
         condition = self.modules.conditioner(batch, random)
         if self.modules.has_dropout:  # the one draw that torch makes for itself: keyed by batch, micro-step and process
             torch.manual_seed(key(self.cfg.seed, "dropout", self.state.batches, micro, self.accelerator.process_index))
@@ -224,10 +227,10 @@ class Trainer:
         cannot be written although it is required, or for the third time in a row.
         """
         refuse_nonfinite(self)
-        failed, parts = None, self._parts()
+        failed, parts = None, parts_of(self)
         if self.accelerator.is_main_process:
             try:
-                self._write_checkpoint(parts, required=required)
+                write_checkpoint(self, parts, required=required)
             except CheckpointError as error:
                 failed = error
         self.accelerator.wait_for_everyone()
@@ -244,7 +247,7 @@ class Trainer:
         if not possible or nonfinite(self.state.parts()):
             return False
         try:
-            self._write_checkpoint(self._parts(), required=True)
+            write_checkpoint(self, parts_of(self), required=True)
         except Exception as error:  # the error that ends the run is another one, and is told
             log.error("%s", error)
             return False
@@ -256,18 +259,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.ema.snapshot(self.output_dir / "ema_snapshots")
 
-    def _parts(self) -> Parts:
-        """The tensors of a checkpoint; with FSDP2, all processes gather them for the main one."""
-        parts = self.state.parts()
-        return gathered(parts, keep=self.accelerator.is_main_process) if self.accelerator.shards else parts
-
-    def _write_checkpoint(self, parts: Parts, *, required: bool) -> None:
-        facts = self.state.facts() | {"samples_seen": self.state.batches * self.global_batch}
-        parts = {**parts, "data": {name: torch.from_numpy(values) for name, values in self.data.kept.items()}}
-        if self.validation:
-            parts, facts = parts | self.validation.parts(), facts | self.validation.facts()
-        self.saver.save(parts, facts | dataclasses.asdict(self.facts), required=required)
-
     # -- validation and samples ----------------------------------------------------------------------------------------
 
     def validate(self, tracker: tracking.Tracker) -> None:
@@ -278,8 +269,13 @@ class Trainer:
         if self.validation.ends:
             self.steps = self.step
 
-    def pipeline(self) -> DiffusionPipeline:
-        """The pipeline around the live modules (no copies). Inside `averaged_weights` it samples from the average."""
+    def pipeline(self, *, hollow: bool = False) -> DiffusionPipeline:
+        """The pipeline around the live modules (no copies). Inside `averaged_weights` it samples from the average.
+
+        hollow: to look at only; frozen models that training does not need are not loaded for it.
+        """
+        for frozen in self.modules.frozen if not hollow else ():
+            frozen.load("for pictures and the export")
         parts = (self.modules.unet, self.modules.space, self.modules.conditioner, self.modules.objective.scheduler)
         return build_pipeline(*parts, self.cfg, guide=self.modules.guide)
 

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from finetune.batching import collate
 from finetune.config import Validation
-from finetune.data import report_replaced
 from finetune.models import bind
 from finetune.objective import Objective
 from finetune.objective.levels import LossSecondMoment, UniformIntegers
 from finetune.processes import largest
+from finetune.samples import report_replaced
 from finetune.seeding import PositionRandom, key
 from finetune.signals import SIGNALS, Interrupted
 
@@ -81,7 +81,7 @@ class HeldOut:
         self._sides = {"validation": data.held_out, "train_validation": trained}
         self.rows = [_first_of_each_image(side, cfg.max_images) for side in self._sides.values()]
         """The rows that are measured: held out, and trained on."""
-        self._images = data.image_digests
+        self._images = data.image_numbers.view(np.int64)
         self.step: int | None = None
         """Of the last measurement."""
         self._best: Tensor | None = None  # [n] float64, the losses of the held-out images where their mean was lowest
@@ -208,7 +208,7 @@ def _mean_and_error(name: str, mean: str, values: Tensor) -> dict[str, float | N
 
 def _first_of_each_image(data: TrainData, most: int) -> np.ndarray:
     """The first row of each image, for at most so many images: those with the lowest numbers for their bytes."""
-    images = data.image_digests[data.rows].view(np.uint64)
+    images = data.image_numbers[data.rows]
     known, first = np.unique(images, return_index=True)
     return data.rows[first[known != 0][:most]]  # 0: a row that turned unusable
 
