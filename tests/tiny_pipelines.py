@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 KINDS = ("sd15", "sd21", "sdxl", "inpaint")
@@ -151,6 +152,12 @@ def make_pipeline(folder: Path, kind: str) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(KINDS.index(kind))
         BUILDERS[kind]().save_pretrained(folder)
+    # The real text encoders were saved when their weights had a prefix and a buffer that transformers 5 has not.
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    if not any(name.startswith("text_model.") for name in weights):
+        weights = {f"text_model.{name}": tensor for name, tensor in weights.items()}
+    weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(weights, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
     return folder
 
 
