@@ -16,6 +16,7 @@ IDS = [path.relative_to(ROOT / "src" / "finetune").as_posix() for path in SOURCE
 # From the bottom to the top: a module imports from its own line and the lines before it.
 LAYERS = [
     {"redaction", "errors", "config_types", "hub_worker", "own_code", "frechet", "data_changes"},
+    {"config_foundation"},
     {"config_choices", "config_data", "config_levels", "config_objective", "config_sample"},
     {"hub", "signals", "seeding", "durable", "watchdog"},
     {"config"},
@@ -27,7 +28,7 @@ LAYERS = [
     {"order", "shards", "rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},
     {"processes", "identity"},
-    {"space", "conditions", "text_conditions", "conditioning", "model_fit"},
+    {"foundation", "space", "conditions", "text_conditions", "conditioning", "model_fit"},
     {"models"},
     {"importers"},
     {"samplers", "schedulers", "guidance", "autoguidance"},

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from finetune.conditions import ClassLabel, Condition, LowRes, Single, Size, without
-from finetune.config_choices import CONDITIONS, Part, conditions
+from finetune.config_choices import CONDITIONS, SDXL, Part, conditions
 from finetune.errors import ConfigError
 from finetune.pretrained import load_pretrained, load_tokenizer
-from finetune.text_conditions import PooledText, Text, TextSequence
+from finetune.text_conditions import PooledText, Text, TextSequence, TwoTexts, sdxl_texts
 
 if TYPE_CHECKING:
     from finetune.batching import Batch
@@ -84,7 +84,8 @@ class Several:
         """
         self.parts, self.dropout_draws = dict(parts), dropout_draws
         self.kind = "+".join(parts)
-        encoders = {id(part.text_encoder): part for part in parts.values() if isinstance(part, Text)}
+        members = [one for part in parts.values() for one in (part.members if isinstance(part, TwoTexts) else (part,))]
+        encoders = {id(part.text_encoder): part for part in members if isinstance(part, Text)}
         self.parameters_frozen = sum(part.parameters_frozen for part in encoders.values())
 
     def __call__(self, batch: Batch, random: PositionRandom) -> Condition:
@@ -149,6 +150,8 @@ def build_conditioner(
     """
     several = cfg.conditioning.kind == "several"
     parts: dict[str, Single] = {}
+    if cfg.conditioning.kind == "sdxl":
+        return assembled(_sdxl(cfg.conditioning, device))
     for kind, section in conditions(cfg.conditioning).items():
         setting = f"conditioning.{kind}" if several else "conditioning"
         if kind == "class_label":
@@ -167,7 +170,8 @@ def build_conditioner(
             known = parts.get("pooled_text") if several and _same_encoder(cfg) else None
             modules = (known.text_encoder, known.tokenizer) if known else _text_modules(section, setting, device)
             cls = {"pooled_text": PooledText, "text": TextSequence}[kind]
-            parts[kind] = cls(*modules, dropout=section.condition_dropout, null=section.null)
+            skip = {"clip_skip": section.clip_skip} if kind == "text" else {}
+            parts[kind] = cls(*modules, dropout=section.condition_dropout, null=section.null, **skip)
     return assembled(parts, dropout_draws=cfg.conditioning.dropout_draws if several else "joint")
 
 
@@ -188,9 +192,24 @@ def _class_label(section: Part, setting: str, class_names: Sequence[str] | None,
     )
 
 
+def _sdxl(section: SDXL, device: Any) -> dict[str, Single]:
+    """The conditions of Stable Diffusion XL by kind."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    place, modules = {"setting": "conditioning.pipeline", "revision": section.revision}, []
+    for cls, number in ((CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2")):
+        at = place | {"subfolder": f"text_encoder{number}"}
+        modules.append(load_pretrained(cls, section.pipeline, variant=section.variant, **at).to(device))
+        modules.append(load_tokenizer(section.pipeline, **place, subfolder=f"tokenizer{number}"))
+    texts = sdxl_texts(
+        tuple(modules), dropout=section.condition_dropout, null=section.null, clip_skip=section.clip_skip
+    )
+    return texts | {"size": Size(device=device)}
+
+
 def _same_encoder(cfg: TrainConfig) -> bool:
     """Whether the pooled text and the text sequence name one text encoder, which is then loaded once."""
-    names = ("text_encoder", "tokenizer", "text_encoder_subfolder", "tokenizer_subfolder", "revision")
+    names = ("text_encoder", "tokenizer", "text_encoder_subfolder", "tokenizer_subfolder", "revision", "variant")
     pooled, text = cfg.conditioning.pooled_text, cfg.conditioning.text
     return None not in (pooled, text) and all(getattr(pooled, name) == getattr(text, name) for name in names)
 
@@ -211,5 +230,6 @@ def _text_modules(section: Part, setting: str, device: Any) -> tuple[Any, Any]:
         setting=f"{setting}.text_encoder",
         revision=section.revision,
         subfolder=section.text_encoder_subfolder,
+        variant=section.variant,
     )
     return text_encoder.to(device), tokenizer

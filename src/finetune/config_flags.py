@@ -21,6 +21,7 @@ RENAMED = {
     "validation_steps": "sample.sample_every",
     "proportion_empty_prompts": "conditioning.condition_dropout",
     "revision": "model.revision",
+    "variant": "model.variant",
     "pretrained_vae_model_name_or_path": "space.vae",
 }
 
@@ -69,7 +70,6 @@ REFUSED = {
     "enable_t5_ti": _FLUX,
     "instance_prompt": "write the caption of each image into the data set (data.caption_column)",
     "class_prompt": _DREAMBOOTH,
-    "clip_skip": "not offered: the text encoder's last layer is used, as the pipeline does",
     "max_sequence_length": _FLUX,
     "decoder_only": _VAE,
     # objective and loss

@@ -40,6 +40,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     # What the saved weights, averages and random draws belong to.
     ("seed", "fixed"),
     ("space.*", "fixed"),
+    ("model.change_objective", "free"),
     ("model.*", "fixed"),
     ("conditioning.*", "fixed"),
     ("data.channels", "fixed"),

@@ -159,7 +159,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _with_weights(run: Path, weights: dict[str, Tensor]) -> DiffusionPipeline:
     """The run's exported pipeline with these weights in its UNet."""
-    from finetune.export import own_memory
+    from finetune.pretrained import own_memory
     from finetune.sample import load_pipeline
 
     pipeline = load_pipeline(str(run))

@@ -32,6 +32,7 @@ SOURCES = (
     ("space", "vae"),
     ("conditioning", "text_encoder"),
     ("conditioning", "tokenizer"),
+    ("conditioning", "pipeline"),
     *[("conditioning", of, name) for of in ("pooled_text", "text") for name in ("text_encoder", "tokenizer")],
     ("model", "pretrained_model_name_or_path"),
     ("sample", "autoguidance"),

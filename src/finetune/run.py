@@ -17,6 +17,7 @@ from finetune import hub, lock
 from finetune.config import TrainConfig
 from finetune.config_io import is_main_process
 from finetune.config_launch import launch_settings
+from finetune.foundation import resolve
 from finetune.plan import plan_text
 from finetune.pretrained import pin
 from finetune.provenance import recorded_commits, refuse_secrets
@@ -58,6 +59,7 @@ def train(
         if is_main_process():
             until_done.enter_context(lock.hold(Path(cfg.output_dir)))
         pin(recorded_commits(Path(cfg.output_dir)))
+        cfg = resolve(cfg)
 
         from finetune.export import without_loading_bars  # torch: only now, so that what cannot work is said at once
         from finetune.trainer import Trainer

@@ -88,7 +88,7 @@ def build_space(cfg: TrainConfig, device: torch.device | str = "cpu") -> Space:
             f"space.vae must be an AutoencoderKL, {cfg.space.vae} holds a {config.get('_class_name')}: "
             'name its folder, such as space.subfolder "vae" of a pipeline'
         )
-    vae = load_pretrained(AutoencoderKL, cfg.space.vae, **place)
+    vae = load_pretrained(AutoencoderKL, cfg.space.vae, variant=cfg.space.variant, **place)
     if vae.config.latents_mean is not None or vae.config.latents_std is not None:
         raise ConfigError(
             f"space.vae {cfg.space.vae} normalises each channel (latents_mean, latents_std), which this version does "

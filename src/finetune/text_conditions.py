@@ -42,7 +42,7 @@ class Text(Single):
         _check_pair(text_encoder, tokenizer)
         self.text_encoder = text_encoder.requires_grad_(False).eval()
         self.tokenizer, self.dropout, self.null = tokenizer, dropout, null
-        self.width: int = text_encoder.config.hidden_size
+        self.width = self._width(text_encoder.config)
         self.parameters_frozen = sum(p.numel() for p in text_encoder.parameters())
         self.truncated = 0
         """Captions encoded so far that were longer than the encoder reads."""
@@ -93,9 +93,14 @@ class Text(Single):
         tokens = self.tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
         device = self.text_encoder.device
         with torch.autocast(device.type, enabled=False):  # the same embeddings in training and in sampling
-            return self._read(self.text_encoder(tokens.input_ids.to(device))).float()
+            return self._read(tokens.input_ids.to(device)).float()
 
-    def _read(self, output: Any) -> Tensor:
+    def _width(self, config: Any) -> int:
+        """The size of the embedding's last axis."""
+        return config.hidden_size
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """Token ids [n, L] -> embeddings [n, ...]."""
         raise NotImplementedError
 
 
@@ -105,8 +110,18 @@ class PooledText(Text):
     kind = "pooled_text"
     argument = "class_labels"
 
-    def _read(self, output: Any) -> Tensor:
-        return output.pooler_output
+    def _read(self, ids: Tensor) -> Tensor:
+        return self.text_encoder(ids).pooler_output
+
+
+class ProjectedText(PooledText):
+    """The same state through the projection of a CLIPTextModelWithProjection, as SDXL's second encoder gives it."""
+
+    def _width(self, config: Any) -> int:
+        return config.projection_dim
+
+    def _read(self, ids: Tensor) -> Tensor:
+        return self.text_encoder(ids).text_embeds
 
 
 class TextSequence(Text):
@@ -115,8 +130,78 @@ class TextSequence(Text):
     kind = "text"
     argument = "encoder_hidden_states"
 
-    def _read(self, output: Any) -> Tensor:
-        return output.last_hidden_state
+    def __init__(self, *modules: Any, clip_skip: int | None = None, **options: Any) -> None:
+        """modules, options: as of Text. clip_skip: the last layers to leave out. Raises ConfigError for too many."""
+        super().__init__(*modules, **options)
+        self.clip_skip = clip_skip or 0
+        _check_layers(self.text_encoder, self.clip_skip)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        if not self.clip_skip:
+            return self.text_encoder(ids).last_hidden_state
+        # As StableDiffusionPipeline, which fails with transformers 5: the normalisation has moved there.
+        states = self.text_encoder(ids, output_hidden_states=True).hidden_states[-1 - self.clip_skip]
+        return self.text_encoder.final_layer_norm(states)
+
+
+class PenultimateText(TextSequence):
+    """The states before the last layer, or clip_skip layers earlier, and not normalised, as SDXL reads them."""
+
+    def _read(self, ids: Tensor) -> Tensor:
+        return self.text_encoder(ids, output_hidden_states=True).hidden_states[-2 - self.clip_skip]
+
+
+class TwoTexts(Single):
+    """{"encoder_hidden_states": [B, L, D1 + D2] float32}: the states of SDXL's two encoders side by side."""
+
+    kind = "text"
+
+    def __init__(self, first: PenultimateText, second: PenultimateText) -> None:
+        """Both with the same dropout and null."""
+        self.members = first, second
+        self.dropout, self.null, self.clip_skip = first.dropout, first.null, first.clip_skip
+        self.width = first.width + second.width
+        self.parameters_frozen = first.parameters_frozen + second.parameters_frozen
+
+    @property
+    def truncated(self) -> int:
+        """Captions encoded so far that were longer than the encoders read."""
+        return self.members[0].truncated
+
+    def of(self, batch: Batch, random: PositionRandom | None = None) -> Condition:
+        """The embeddings of the captions."""
+        return self._joined([member.of(batch) for member in self.members])
+
+    def condition(self, wanted: Sequence[str]) -> Condition:
+        """The embeddings of prompts, one row each."""
+        return self._joined([member.condition(wanted) for member in self.members])
+
+    def unconditional(self, n: int) -> Condition:
+        """n times the embedding of the empty prompt, or n times zeros of its shape."""
+        return self._joined([member.unconditional(n) for member in self.members])
+
+    @staticmethod
+    def _joined(found: list[Condition]) -> Condition:
+        return {TextSequence.argument: torch.cat([one[TextSequence.argument] for one in found], dim=-1)}
+
+
+def sdxl_texts(
+    modules: tuple[Any, Any, Any, Any], *, dropout: float, null: str, clip_skip: int | None = None
+) -> dict[str, Single]:
+    """SDXL's text conditions by kind. modules: text_encoder, tokenizer, text_encoder_2, tokenizer_2.
+
+    Raises ConfigError for a text encoder with another's tokenizer, or with too few layers.
+    """
+    first, second = modules[:2], modules[2:]
+    options = {"dropout": dropout, "null": null}
+    both = [PenultimateText(*pair, clip_skip=clip_skip, **options) for pair in (first, second)]
+    return {"pooled_text": ProjectedText(*second, **options), "text": TwoTexts(*both)}
+
+
+def _check_layers(text_encoder: CLIPTextModel, clip_skip: int) -> None:
+    layers = text_encoder.config.num_hidden_layers
+    if clip_skip >= layers:
+        raise ConfigError(f"clip_skip must be below the {layers} layers of the text encoder, got {clip_skip}")
 
 
 def _check_pair(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:

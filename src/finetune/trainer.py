@@ -22,6 +22,7 @@ from finetune.data import open_data, report_replaced
 from finetune.ema import Ema, drop_snapshots_after
 from finetune.errors import CheckpointError, surviving
 from finetune.failures import MicroBatch, command_to_resume, count_skipped, losing_nothing, whereabouts
+from finetune.foundation import resolve, with_prompts
 from finetune.meter import Meter
 from finetune.models import bind
 from finetune.modules import build_modules
@@ -65,7 +66,7 @@ class Trainer:
         cfg.objective's. trust: the packages whose code cfg.objective may name. Raises ConfigError, DataError or
         CheckpointError before anything is trained.
         """
-        self.cfg = cfg
+        cfg = resolve(cfg)
         self.output_dir = Path(cfg.output_dir)
         self.accelerator = build_accelerator(cfg)
         if self.accelerator.is_main_process:
@@ -78,6 +79,7 @@ class Trainer:
         with self.accelerator.local_main_process_first():  # its check of the data is cached for the others
             data = open_data(cfg, dataset=dataset)
         self.data = as_the_run_began(data, found, self.accelerator)
+        self.cfg = cfg = with_prompts(cfg, self.data)
         self.replaced: set[int] = set()
         """Rows of which it was said that others stand in for them."""
         self.steps = cfg.train.max_train_steps or math.ceil(
