@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
 from PIL import Image
 
+import tiny_pipelines
 from finetune.batching import make_loader
 from finetune.config_choices import SDXL, LatentSpace, TextSequence
 from finetune.config_io import dump, load, load_text
@@ -22,8 +23,8 @@ from finetune.modules import build_modules
 from finetune.run import train
 from finetune.sample import load_pipeline
 from finetune.seeding import PositionRandom
-from tiny_pipelines import RESOLUTION, pretrained  # noqa: F401  a fixture
 
+pretrained, RESOLUTION = tiny_pipelines.pretrained, tiny_pipelines.RESOLUTION
 CAPTIONS = ["a red three", "a blue seven", "five, green", "a quite pale one"]
 POSITIONS = torch.arange(4)
 
@@ -44,7 +45,7 @@ def configured(pipeline, images, *options):
     words = f"""--pretrained_model_name_or_path={pipeline} --train_data_dir={images} --resolution={RESOLUTION}
         --train_batch_size=4 --gradient_accumulation_steps=1 --max_train_steps=2 --learning_rate=1e-3 --max_grad_norm=1
         --lr_scheduler=constant --lr_warmup_steps=0 --report_to=none --seed=3 --mixed_precision=no
-        --sample.num_inference_steps=2 --num_images=2 --output_dir={images.parent / 'run'}""".split()
+        --sample.num_inference_steps=2 --num_images=2 --output_dir={images.parent / "run"}""".split()
     return load([*words, *options], env={})
 
 
@@ -173,9 +174,7 @@ def test_what_the_name_decides(pretrained, images):
     assert (found.objective.prediction_type, found.objective.beta_schedule) == ("v_prediction", "scaled_linear")
     assert resolve(found) == found and not found.is_open and load_text(dump(found)) == found
     xl = resolve(configured(pretrained("sdxl"), images, "--proportion_empty_prompts=0.2", "--variant=fp16"))
-    assert xl.conditioning == SDXL(
-        kind="sdxl", pipeline=str(pretrained("sdxl")), condition_dropout=0.2, variant="fp16"
-    )
+    assert xl.conditioning == SDXL(kind="sdxl", pipeline=str(pretrained("sdxl")), condition_dropout=0.2, variant="fp16")
     assert xl.space.variant == "fp16"
     own = resolve(configured(pretrained("sdxl"), images, f"--pretrained_vae_model_name_or_path={name}/vae"))
     assert own.space == LatentSpace(kind="latent", vae=f"{name}/vae")

@@ -108,9 +108,7 @@ def _of_lone_unet(cfg: TrainConfig) -> TrainConfig:
         )
         objective = objective.filled()
     space = PixelSpace() if cfg.space.kind == "auto" else cfg.space
-    return replace(
-        cfg, space=space, conditioning=Unconditional() if auto else cfg.conditioning, objective=objective
-    )
+    return replace(cfg, space=space, conditioning=Unconditional() if auto else cfg.conditioning, objective=objective)
 
 
 class _Pipeline:
@@ -231,7 +229,8 @@ def _objective(cfg: TrainConfig) -> Objective:
     if changed and not cfg.model.change_objective:
         raise ConfigError(
             "\n".join(f"objective.{one}: {written[one]}, but {name} was trained with {noise[one]}" for one in changed)
-            + "\nLeave it out to train on as before. " + OTHERWISE
+            + "\nLeave it out to train on as before. "
+            + OTHERWISE
         )
     if objective.kind != "ddpm":
         return objective
