@@ -32,6 +32,12 @@ SELECTS = {
 }
 """Flags that exist in one kind only and stand for the choice of it."""
 
+ALREADY = {
+    "enable_xformers_memory_efficient_attention": "changes nothing: PyTorch's scaled_dot_product_attention, which needs "
+    "as little memory, is always used",
+}
+"""Flags of diffusers' documented commands that ask for what is done in any case; this is said of them."""
+
 _LORA = "LoRA is not offered: the whole UNet is trained"
 _DREAMBOOTH = "DreamBooth is not offered: give each image its caption (data.caption_column) and train on those"
 _TEXT_ENCODER = "the text encoders stay frozen: only the UNet is trained"
@@ -109,7 +115,6 @@ REFUSED = {
     "prodigy_safeguard_warmup": _PRODIGY,
     "set_grads_to_none": "remove it: gradients are always set to None",
     # precision and speed
-    "enable_xformers_memory_efficient_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",
     "enable_npu_flash_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",
     "cache_latents": "not an option of training: remove it",
     "upcast_before_saving": "remove it: weights are trained and saved in float32",
