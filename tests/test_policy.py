@@ -23,7 +23,7 @@ LAYERS = [
     {"config_tree", "config_yaml", "config_flags", "config_words", "config_options", "config_launch", "config_io"},
     {"objective"},
     {"checkpoint", "retention"},
-    {"provenance", "lock", "optimization", "pretrained", "folder", "metadata", "images", "iddpm_unet"},
+    {"provenance", "lock", "optimization", "pretrained", "single_file", "folder", "metadata", "images", "iddpm_unet"},
     {"ema", "grids", "small_images"},
     {"order", "shards", "rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},

@@ -294,7 +294,10 @@ class Pretrained:
 
     kind: Literal["pretrained"]
     pretrained_model_name_or_path: str
-    """A local folder or a Hub id that holds a UNet2DModel or UNet2DConditionModel."""
+    """A local folder or a Hub id that holds a UNet2DModel or UNet2DConditionModel; or a whole Stable Diffusion in one
+    local .safetensors file."""
+    single_file_config: str | None = None
+    """Of a single file: the pipeline whose shapes, tokenizers and scheduler it has, a folder or a Hub id."""
     subfolder: str | None = "unet"
     """Folder of the UNet inside the pipeline; null: the folder itself."""
     revision: str | None = None

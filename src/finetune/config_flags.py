@@ -33,8 +33,8 @@ SELECTS = {
 """Flags that exist in one kind only and stand for the choice of it."""
 
 ALREADY = {
-    "enable_xformers_memory_efficient_attention": "changes nothing: PyTorch's scaled_dot_product_attention, which needs "
-    "as little memory, is always used",
+    "enable_xformers_memory_efficient_attention": "changes nothing: PyTorch's scaled_dot_product_attention, which "
+    "needs as little memory, is always used",
 }
 """Flags of diffusers' documented commands that ask for what is done in any case; this is said of them."""
 

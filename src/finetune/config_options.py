@@ -19,7 +19,6 @@ from finetune.config_words import show
 from finetune.config_yaml import Entry, read_value
 from finetune.errors import ConfigError
 
-
 log = logging.getLogger(__name__)
 
 

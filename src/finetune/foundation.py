@@ -38,6 +38,7 @@ from finetune.config_choices import (
 from finetune.config_objective import PLAIN, Objective
 from finetune.errors import ConfigError
 from finetune.pretrained import commit_of, resolve_source
+from finetune.single_file import is_single_file, unpacked
 
 if TYPE_CHECKING:
     from finetune.data import TrainData
@@ -61,12 +62,14 @@ MOST_PROMPTS = 4  # of the data, where none are given: as many as num_validation
 def resolve(cfg: TrainConfig) -> TrainConfig:
     """`cfg` with nothing left open: what is not written of space, conditioning and noise is the pretrained pipeline's.
 
-    Of a folder that holds only a UNet nothing is known: then it is as for a new model. Raises ConfigError for a
-    pipeline of another kind, and for a prediction or noise that is written, is not the pipeline's, and is not asked
-    for by model.change_objective.
+    Of a folder that holds only a UNet nothing is known: then it is as for a new model. A single file is unpacked into
+    output_dir: let one process of a machine go first. Raises ConfigError for a pipeline of another kind, and for a
+    prediction or noise that is written, is not the pipeline's, and is not asked for by model.change_objective.
     """
     if cfg.model.kind != "pretrained":
         return cfg
+    if is_single_file(cfg.model):
+        cfg = unpacked(cfg)
     index = _read(cfg, "model_index.json")
     try:
         if index is None:

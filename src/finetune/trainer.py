@@ -66,9 +66,10 @@ class Trainer:
         cfg.objective's. trust: the packages whose code cfg.objective may name. Raises ConfigError, DataError or
         CheckpointError before anything is trained.
         """
-        cfg = resolve(cfg)
         self.output_dir = Path(cfg.output_dir)
         self.accelerator = build_accelerator(cfg)
+        with self.accelerator.local_main_process_first():  # a single file is unpacked by the first
+            cfg = resolve(cfg)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         set_kernels(cfg.train)
