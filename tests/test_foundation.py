@@ -6,6 +6,7 @@ import logging
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
@@ -15,13 +16,15 @@ import tiny_pipelines
 from finetune.batching import make_loader
 from finetune.config_choices import SDXL, LatentSpace, TextSequence
 from finetune.config_io import dump, load, load_text
+from finetune.conversion import as_unet_pipeline
 from finetune.data import open_data
 from finetune.errors import ConfigError
 from finetune.foundation import resolve, with_prompts
 from finetune.models import bind
 from finetune.modules import build_modules
 from finetune.run import train
-from finetune.sample import load_pipeline
+from finetune.sample import generate, load_pipeline
+from finetune.schedulers import with_scheduler
 from finetune.seeding import PositionRandom
 
 pretrained, RESOLUTION = tiny_pipelines.pretrained, tiny_pipelines.RESOLUTION
@@ -263,3 +266,28 @@ def test_a_run_with_clip_skip_keeps_it(pretrained, images, tmp_path):
     assert pipeline.config.clip_skip == 1 and pipeline.conditioner().parts["text"].clip_skip == 1
     assert resolve(configured(tmp_path / "run" / "pipeline", images)).conditioning.clip_skip == 1
     assert isinstance(StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").unet, torch.nn.Module)
+
+
+def test_xl_draws_the_same_in_diffusers_pipeline_and_in_ours(pretrained, tmp_path):
+    stock = load_pipeline(str(pretrained("sdxl")))
+    stock.register_modules(scheduler=with_scheduler(stock.scheduler, "ddim", clip_sample=False))
+    ours = as_unet_pipeline(stock)
+    ours.save_pretrained(tmp_path)
+    options = {"num_images": 2, "seed": 0, "prompts": CAPTIONS[:2], "num_inference_steps": 4}
+
+    def draw(pipeline, scale):
+        pipeline.set_progress_bar_config(disable=True)
+        images = generate(pipeline, guidance_scale=scale, **options)
+        return torch.stack([torch.from_numpy(np.array(image)).int() for image in images])
+
+    guided = draw(stock, 3.0)
+    assert (draw(ours, 3.0) - guided).abs().max() <= 1
+    assert torch.equal(draw(load_pipeline(str(tmp_path)), 3.0), draw(ours, 3.0))
+    assert (draw(ours, 1.0) - guided).abs().max() > 1
+
+
+def test_sizes_stay_exact_in_half_precision(pretrained):
+    pipeline, seen = as_unet_pipeline(load_pipeline(str(pretrained("sdxl")))), []
+    pipeline.unet.to(torch.bfloat16).add_time_proj.register_forward_pre_hook(lambda _, ids: seen.append(ids[0]))
+    pipeline(CAPTIONS[:1], original_size=(1023, 257), num_inference_steps=1, output_type="latent")
+    assert seen[0].tolist()[:2] == [1023, 257]

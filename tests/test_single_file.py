@@ -1,6 +1,7 @@
 """Stable Diffusion in one file, by the original names of its weights, which are written here the other way round."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import tiny_pipelines
 from finetune.config_io import load
 from finetune.errors import ConfigError
 from finetune.foundation import resolve
+from forked import run
+from tiny import config
 
 pretrained = tiny_pipelines.pretrained
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
@@ -127,7 +130,7 @@ def test_refused(pretrained, tmp_path):
     old = tmp_path / "model.ckpt"
     old.write_bytes(b"")
     for name, options, problem in (
-        (old, [], "a .ckpt is a pickle"),
+        (old, [], "a .ckpt can run code"),
         (path, [], "holds weights only: name the pipeline"),
         (path, [f"--single_file_config={folder}", "--variant=fp16"], "neither model.variant nor"),
         (path, [f"--single_file_config={pretrained('inpaint')}"], "is a StableDiffusionInpaintPipeline: only"),
@@ -137,3 +140,15 @@ def test_refused(pretrained, tmp_path):
         with pytest.raises(ConfigError, match=problem):
             resolve(configured(name, tmp_path / "run", *options))
     assert not list(tmp_path.glob("run/*"))
+
+
+def test_two_processes_train_from_it_and_resume(pretrained, tmp_path):
+    path = single_file(pretrained("sd15"), tmp_path / "model.safetensors")
+    cfg = configured(path, tmp_path / "run", f"--single_file_config={pretrained('sd15')}", "--max_train_steps=2")
+    tiny = config(tmp_path)
+    steps = replace(tiny.train, max_train_steps=2, global_batch_size=2)
+    few = replace(tiny.sample, num_images=1)
+    cfg = replace(cfg, data=replace(tiny.data, resolution=64), train=steps, tracking=tiny.tracking, sample=few)
+    assert run(cfg, processes=2) == [0, 0]
+    assert len(list((tmp_path / "run").glob("*base-*"))) == 1
+    assert run(cfg) == [0]  # finds itself done

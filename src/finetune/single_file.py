@@ -31,7 +31,7 @@ def is_single_file(model: Pretrained) -> bool:
         return False
     if path.suffix != ".safetensors":
         raise ConfigError(
-            f"{SETTING}: {path.name} is no .safetensors file; a .ckpt is a pickle, which can run code when it is read: "
+            f"{SETTING}: {path.name} is no .safetensors file, and a .ckpt can run code when it is read: "
             "have it converted first"
         )
     if model.single_file_config is None:
