@@ -89,9 +89,9 @@ RECIPE_MISTAKES = {
     "sample: {prompts: a cat}": "sample.prompts: expected a list of texts, got 'a cat': write [a cat]",
     "optimizer: 5": "optimizer: expected the settings of this section, got 5",
     "optimizer:": "optimizer: expected the settings of this section, got nothing (null)",
-    "space: {kind: latnt}": "space.kind: expected one of pixel, latent, got 'latnt'; did you mean latent?",
-    "space: {kind: [a], vae: v}": "space.kind: expected one of pixel, latent, got ['a']",
-    "space: {vae: v}": "space.vae: space.kind is pixel, which does not have it: space.kind latent does",
+    "space: {kind: latnt}": "space.kind: expected one of auto, pixel, latent, got 'latnt'; did you mean latent?",
+    "space: {kind: [a], vae: v}": "space.kind: expected one of auto, pixel, latent, got ['a']",
+    "space: {vae: v}": "space.vae: space.kind is auto, which does not have it: space.kind latent does",
     "model: {kind: pretrained, pretrained_model_name_or_path: x, dropout: 0}": (
         "model.dropout: model.kind is pretrained, which does not have it: model.kind unet2d or unet2d_condition does"
     ),
@@ -150,13 +150,12 @@ OPTION_MISTAKES = {
     ),
     "--save_images_epochs 1": "--save_images_epochs: counted in optimizer steps here: use sample.sample_every",
     "--space.kind latent": "space.vae: required by space.kind latent, but not set on the command line",
-    "--space.vae v": "--space.vae: space.kind is pixel, which does not have it: space.kind latent does",
+    "--space.vae v": "--space.vae: space.kind is auto, which does not have it: space.kind latent does",
     "--pretrained_model_name_or_path x --model.kind unet2d": (
         "--pretrained_model_name_or_path: model.kind is unet2d, which does not have it: model.kind pretrained does"
     ),
     "--proportion_empty_prompts 0.1": (
-        "--proportion_empty_prompts: conditioning.kind is none, which does not have it: conditioning.kind class_label "
-        "or pooled_text or text or low_res does"
+        "--proportion_empty_prompts: there is no condition: choose one by conditioning.kind"
     ),
     "--dataset_name x": (
         "--dataset_name: data.dataset_name (x) and data.train_data_dir (pics) both name the data: give one of them"
@@ -249,8 +248,8 @@ def test_rules_about_what_is_wrong_already_are_not_reported():
         "r.yaml:4: objective.num_train_timesteps: expected a whole number, got 'x'"
     ]
     assert recipe_lines(GOOD + "sample: {prompts: [a]}\nconditioning: {kind: txt, text_encoder: t}") == [
-        "r.yaml:4: conditioning.kind: expected one of none, class_label, pooled_text, text, low_res, several, got "
-        "'txt'; did you mean text?"
+        "r.yaml:4: conditioning.kind: expected one of auto, none, class_label, pooled_text, text, low_res, several, "
+        "sdxl, got 'txt'; did you mean text?"
     ]
 
 

@@ -16,6 +16,7 @@ IDS = [path.relative_to(ROOT / "src" / "finetune").as_posix() for path in SOURCE
 # From the bottom to the top: a module imports from its own line and the lines before it.
 LAYERS = [
     {"redaction", "errors", "config_types", "hub_worker", "own_code", "frechet", "data_changes", "sharding"},
+    {"config_foundation"},
     {"config_choices", "config_captions", "config_data", "config_levels", "config_objective", "config_sample"},
     {"config_validation", "config_lora", "config_cache"},
     {"hub", "signals", "seeding", "durable", "watchdog"},
@@ -24,13 +25,13 @@ LAYERS = [
     {"config_tree", "config_yaml", "config_flags", "config_words", "config_options", "config_launch", "config_io"},
     {"objective"},
     {"checkpoint", "retention"},
-    {"provenance", "lock", "optimization", "pretrained", "folder", "metadata", "images", "iddpm_unet"},
+    {"provenance", "lock", "optimization", "pretrained", "single_file", "folder", "metadata", "images", "iddpm_unet"},
     {"captions", "kohya_config", "kohya"},
     {"ema", "grids", "small_images", "frozen", "cached", "samples"},
     {"order", "buckets", "shards", "rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},
     {"processes", "identity"},
-    {"space", "conditions", "text_conditions", "conditioning", "model_fit"},
+    {"foundation", "space", "conditions", "text_conditions", "sdxl_texts", "conditioning", "model_fit"},
     {"models"},
     {"importers", "lora"},
     {"samplers", "schedulers", "guidance", "autoguidance"},

@@ -162,7 +162,7 @@ def _usage(cfg: TrainConfig, run: Mapping[str, Any], pipeline: str, name: str) -
     arguments = ", ".join(given) or "batch_size=4"
     if not ours:  # ours keeps these two as its defaults
         arguments += f", num_inference_steps={cfg.sampling_steps}"
-        if pipeline == "StableDiffusionPipeline":
+        if pipeline.startswith("StableDiffusion"):
             arguments += f", guidance_scale={cfg.sample.guidance_scale:g}"
         if pipeline == "DDIMPipeline":
             arguments += ", use_clipped_model_output=True"

@@ -24,6 +24,7 @@ RENAMED = {
     "proportion_empty_prompts": "conditioning.condition_dropout",
     "cache_latents": "cache.latents",
     "revision": "model.revision",
+    "variant": "model.variant",
     "pretrained_vae_model_name_or_path": "space.vae",
 }
 
@@ -35,6 +36,12 @@ SELECTS = {
 """Flags that exist in one kind only and stand for the choice of it."""
 
 _LAYERS = "not offered: lora.target chooses the layers, attention by default"
+ALREADY = {
+    "enable_xformers_memory_efficient_attention": "changes nothing: PyTorch's scaled_dot_product_attention, which "
+    "needs as little memory, is always used",
+}
+"""Flags of diffusers' documented commands that ask for what is done in any case; this is said of them."""
+
 _DREAMBOOTH = "DreamBooth is not offered: give each image its caption (data.caption_column) and train on those"
 _TOKENS = "new tokens are not offered: train.train_text_encoder trains the encoder with the tokens that it has"
 _VAE = "the VAE stays frozen: only the UNet is trained"
@@ -67,7 +74,6 @@ REFUSED = {
     "enable_t5_ti": _FLUX,
     "instance_prompt": "write the caption of each image into the data set (data.caption_column)",
     "class_prompt": _DREAMBOOTH,
-    "clip_skip": "not offered: the text encoder's last layer is used, as the pipeline does",
     "max_sequence_length": _FLUX,
     "decoder_only": _VAE,
     # objective and loss
@@ -106,7 +112,6 @@ REFUSED = {
     "prodigy_safeguard_warmup": _PRODIGY,
     "set_grads_to_none": "remove it: gradients are always set to None",
     # precision and speed
-    "enable_xformers_memory_efficient_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",
     "enable_npu_flash_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",
     "upcast_before_saving": "remove it: weights are trained and saved in float32",
     # EMA

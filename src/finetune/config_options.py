@@ -7,16 +7,19 @@ splits text at commas and braces (a prompt "a cat, sleeping" became two, `say "}
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from finetune.config_flags import REFUSED, RENAMED, SELECTS
+from finetune.config_flags import ALREADY, REFUSED, RENAMED, SELECTS
 from finetune.config_tree import LEAVES, SECTIONS, SETTINGS, closest, nearest
 from finetune.config_types import check_target
 from finetune.config_words import show
 from finetune.config_yaml import Entry, read_value
 from finetune.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class Origin(NamedTuple):
@@ -122,6 +125,9 @@ def read_options(options: Sequence[Option]) -> Draft:
     """The settings that options give; of an option given twice the last counts, as in argparse."""
     draft = Draft()
     for option in options:
+        if option.name in ALREADY:
+            log.warning("--%s %s", option.name, ALREADY[option.name])
+            continue
         path = _path(option, draft)
         if path in SECTIONS:
             _add_section(option, path, draft)

@@ -45,6 +45,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     # What the saved weights, averages and random draws belong to.
     ("seed", "fixed"),
     ("space.*", "fixed"),
+    ("model.change_objective", "free"),
     ("model.*", "fixed"),
     ("lora*", "fixed"),
     ("conditioning.*", "fixed"),

@@ -32,8 +32,10 @@ SOURCES = (
     ("space", "vae"),
     ("conditioning", "text_encoder"),
     ("conditioning", "tokenizer"),
+    ("conditioning", "pipeline"),
     *[("conditioning", of, name) for of in ("pooled_text", "text") for name in ("text_encoder", "tokenizer")],
     ("model", "pretrained_model_name_or_path"),
+    ("model", "single_file_config"),
     ("sample", "autoguidance"),
 )
 """The settings that hold a Hub id or a local path."""

@@ -23,6 +23,7 @@ from finetune.data import open_data
 from finetune.ema import Ema, drop_snapshots_after
 from finetune.errors import CheckpointError
 from finetune.failures import MicroBatch, command_to_resume, count_skipped, losing_nothing, whereabouts
+from finetune.foundation import resolve, with_prompts
 from finetune.kohya_config import refuse_differences
 from finetune.meter import Meter
 from finetune.models import bind
@@ -72,9 +73,10 @@ class Trainer:
         cfg.objective's. trust: the packages whose code cfg.objective may name. Raises ConfigError, DataError or
         CheckpointError before anything is trained.
         """
-        self.cfg = cfg
         self.output_dir = Path(cfg.output_dir)
         self.accelerator = build_accelerator(cfg)
+        with self.accelerator.local_main_process_first():  # a single file is unpacked by the first
+            cfg = resolve(cfg)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         set_kernels(cfg.train)
@@ -86,6 +88,7 @@ class Trainer:
             refuse_differences(cfg)
             data = open_data(cfg, dataset=dataset)
         self.data = as_the_run_began(data, found, self.accelerator)
+        self.cfg = cfg = with_prompts(cfg, self.data)
         self.replaced: set[int] = set()
         """Rows of which it was said that others stand in for them."""
         self.modules = build_modules(
