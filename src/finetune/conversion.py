@@ -50,4 +50,4 @@ def set_sampler(pipeline: UNetPipeline, name: str) -> None:
 def check_stable_diffusion_guidance(scale: float) -> None:
     """Raises ConfigError for a guidance that StableDiffusionPipeline would not apply."""
     if scale < 1:
-        raise ConfigError(f"Stable Diffusion's pipelines ignore a guidance_scale below 1, got {scale}: use 1 for none")
+        raise ConfigError(f"a Stable Diffusion pipeline ignores a guidance_scale below 1, got {scale}: use 1 for none")
