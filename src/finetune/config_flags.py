@@ -22,6 +22,11 @@ RENAMED = {
     "proportion_empty_prompts": "conditioning.condition_dropout",
     "revision": "model.revision",
     "pretrained_vae_model_name_or_path": "space.vae",
+    "optimizer": "optimizer.kind",
+    "prodigy_beta3": "optimizer.beta3",
+    "prodigy_decouple": "optimizer.decouple",
+    "prodigy_use_bias_correction": "optimizer.use_bias_correction",
+    "prodigy_safeguard_warmup": "optimizer.safeguard_warmup",
 }
 
 SELECTS = {
@@ -31,11 +36,15 @@ SELECTS = {
 }
 """Flags that exist in one kind only and stand for the choice of it."""
 
+SWITCHES = {
+    "use_8bit_adam": ("optimizer.kind", "adamw", "adamw_8bit"),
+}
+"""Flags without a setting of their own, which turn one kind, given or not, into another."""
+
 _LORA = "LoRA is not offered: the whole UNet is trained"
 _DREAMBOOTH = "DreamBooth is not offered: give each image its caption (data.caption_column) and train on those"
 _TEXT_ENCODER = "the text encoders stay frozen: only the UNet is trained"
 _VAE = "the VAE stays frozen: only the UNet is trained"
-_PRODIGY = "the optimizer is AdamW; Prodigy is not offered"
 _BIAS = "not offered: objective.levels chooses which timesteps are drawn, objective.weighting how much each counts"
 _FLUX = "for Flux transformers; this toolkit trains UNets"
 _DREAM = "DREAM training is not offered"
@@ -100,13 +109,7 @@ REFUSED = {
     "disc_learning_rate": _VAE,
     "scale_lr": "remove it, and write the learning rate of the global batch into optimizer.learning_rate",
     "disc_lr_scheduler": _VAE,
-    "optimizer": "remove it: the optimizer is AdamW",
-    "use_8bit_adam": "not offered: AdamW keeps its moments in float32; remove it",
     "adam_weight_decay_text_encoder": _TEXT_ENCODER,
-    "prodigy_beta3": _PRODIGY,
-    "prodigy_decouple": _PRODIGY,
-    "prodigy_use_bias_correction": _PRODIGY,
-    "prodigy_safeguard_warmup": _PRODIGY,
     "set_grads_to_none": "remove it: gradients are always set to None",
     # precision and speed
     "enable_xformers_memory_efficient_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",

@@ -84,6 +84,7 @@ def load_subject(
     from finetune.data import open_data
     from finetune.models import build_unet
     from finetune.objective import build_objective, without_own_code
+    from finetune.optimization import schedule_free_average
     from finetune.space import build_space
 
     found, folder = _checkpoint(run), _folder(run)
@@ -101,11 +102,14 @@ def load_subject(
     unet = build_unet(cfg, space, conditioner, seed=cfg.seed)
     part = _part(cfg, average)
     unet.load_state_dict(found.tensors("model"))
-    if part != "model":  # parameters that were not trained are in no average
+    if part == "optimizer":
+        averaged = schedule_free_average(unet.state_dict(), found.tensors(part), cfg.optimizer.adam_beta1)
+        unet.load_state_dict(averaged, strict=False)
+    elif part != "model":  # parameters that were not trained are in no average
         unet.load_state_dict(found.tensors(part), strict=False)
     facts = {
         "step": found.step,
-        "weights": "of the last step" if part == "model" else part,
+        "weights": {"model": "of the last step", "optimizer": "the optimizer's average"}.get(part, part),
         "data": data or cfg.data.train_data_dir or cfg.data.dataset_name,
         "split": measured.rules.split,
         "data_fingerprint": measured.fingerprint,
@@ -160,10 +164,12 @@ def _on(cfg: TrainConfig, data: str | None, split: str | None) -> TrainConfig:
 
 
 def _part(cfg: TrainConfig, average: str | None) -> str:
-    """The part of a checkpoint that `average` means."""
+    """The part of a checkpoint that `average` means; "optimizer" if that is what averages."""
     from finetune.ema import parts_of
 
     parts = parts_of(cfg.ema) if cfg.ema.use_ema else []
+    if cfg.optimizer.kind == "schedule_free_adamw":
+        parts = ["optimizer"]
     if average == "weights" or (average is None and not parts):
         return "model"
     if average in (None, "ema") and parts:

@@ -22,6 +22,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("objective.kind", "fixed"),
     ("objective.prediction_type", "fixed"),
     ("objective.*", "asked"),
+    ("optimizer.kind", "fixed"),
     ("optimizer.*", "asked"),
     ("ema.ema_max_decay", "fixed"),
     ("ema.ema_*", "asked"),

@@ -147,15 +147,17 @@ def _named(choice: Levels | Weighting | Loss) -> str:
 
 
 def optimizer_line(cfg: TrainConfig) -> str:
-    """Learning rate, its schedule, and clipping."""
+    """The optimizer, its learning rate and schedule, and clipping."""
     optimizer, norm = cfg.optimizer, cfg.train.max_grad_norm
     warmup = f", {optimizer.lr_warmup_steps} warm-up steps" if optimizer.lr_warmup_steps else ""
     clipping = f", gradient norm at most {norm:g}" if norm else ""
-    return f"AdamW, learning rate {optimizer.learning_rate:g}, {optimizer.lr_scheduler}{warmup}{clipping}"
+    return f"{optimizer.title}, learning rate {optimizer.learning_rate:g}, {optimizer.lr_scheduler}{warmup}{clipping}"
 
 
 def averages_line(cfg: TrainConfig) -> str:
     """The averages, or that there are none."""
+    if cfg.optimizer.kind == "schedule_free_adamw":
+        return "the optimizer's own, which samples and export use"
     if not cfg.ema.use_ema:
         return "none: samples and export use the last weights"
     ema, parts = cfg.ema, []
@@ -167,11 +169,11 @@ def averages_line(cfg: TrainConfig) -> str:
 
 
 def checkpoints_line(unet: nn.Module, cfg: TrainConfig) -> str:
-    """How often, how many, and the space on the disk they will take: weights, two moments of AdamW, averages."""
+    """How often, how many, and the space on the disk they will take: weights, state of the optimizer, averages."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in unet.state_dict().values())
-    trained = 4 * sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     averages = len(cfg.ema.averages) if cfg.ema.use_ema else 0
-    size = (weights + (2 + averages) * trained) / 1e6
+    size = (weights + (cfg.optimizer.state_bytes + 4 * averages) * trained) / 1e6
     kept = cfg.checkpoint.checkpoints_total_limit
     # One more than are kept: the oldest goes only when the newest is whole.
     return (

@@ -26,7 +26,7 @@ from finetune.meter import Meter
 from finetune.models import bind
 from finetune.modules import build_modules
 from finetune.objective import Objective
-from finetune.optimization import build_optimizer, learning_rate
+from finetune.optimization import build_optimizer, evaluation_weights, learning_rate, require_package
 from finetune.pipelines import build_pipeline
 from finetune.processes import build_accelerator, largest, set_kernels
 from finetune.provenance import write_run_files
@@ -71,6 +71,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         set_kernels(cfg.train)
+        require_package(cfg.optimizer)
         self.global_batch, self.accumulation, self.micro_batch = batch_plan(cfg, self.accelerator.num_processes)
 
         with self.accelerator.main_process_first():  # a broken one is renamed by the first that sees it
@@ -256,10 +257,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the UNet is in evaluation mode and holds the first average, if averages are kept."""
+        """Inside, the UNet is in evaluation mode and holds the first average, if the run or its optimizer keeps one."""
         self.modules.unet.eval()
         try:
-            with self.ema.swapped_in() if self.ema else contextlib.nullcontext():
+            with self.ema.swapped_in() if self.ema else evaluation_weights(self.optimizer.optimizer):
                 yield
         finally:
             self.modules.unet.train()
