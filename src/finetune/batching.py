@@ -45,6 +45,8 @@ class Batch:
     """[B, 6] float32, SDXL's sizes in pixels: see `images.Prepared`."""
     low_res: torch.Tensor | None = None
     """[B, channels, side, side] float32 in [-1, 1]: the small images of data.low_res_column."""
+    mask: torch.Tensor | None = None
+    """[B, 1, resolution, resolution] float32 in [0, 1]: how much each pixel counts in a masked loss."""
     replaced: tuple[Replaced, ...] = ()
     """The rows that turned unusable, for which others of `rows` stand in: see `data.report_replaced`."""
 
@@ -116,6 +118,7 @@ def collate(samples: list[tuple[Place, Sample]]) -> Batch:
         positions=torch.tensor([position for position, _, _ in places]),
         time_ids=torch.tensor([sample.time_ids for sample in made], dtype=torch.float32),
         low_res=None if made[0].low_res is None else torch.stack([sample.low_res for sample in made]),
+        mask=None if made[0].mask is None else torch.stack([sample.mask for sample in made]),
         replaced=tuple(sample.replaced for sample in made if sample.replaced),
     )
 

@@ -230,6 +230,12 @@ class TrainConfig:
                 "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
                 "variance.kind fixed_small or fixed_large with vb_loss none"
             )
+        if data.masked and objective.kind == "ddpm" and objective.variance.vb_loss != "none":
+            yield "objective.variance.vb_loss", (
+                "the variational bound is a likelihood of whole images, which has no masked form: use variance.kind "
+                "fixed_small or fixed_large with vb_loss none, or remove "
+                f"{'data.alpha_mask' if data.alpha_mask else 'data.mask_column'}"
+            )
         yield from contradictions(self.sample, objective)
         yield from optimizer_contradictions(self.optimizer, self.ema)
 

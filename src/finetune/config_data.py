@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from finetune.config_types import Count, CountOrZero, Positive, Words, section
+from finetune.config_types import Count, CountOrZero, Decay, Positive, Words, section
 
 PACK = "pack the images into Parquet with datasets (load_dataset('imagefolder', ...), embed_table_storage, to_parquet)"
 """How data become shards that can be streamed: the way out of what is refused."""
@@ -41,6 +41,12 @@ class Data:
     """Take the class from the file name, up to its first "_", instead of label_column (improved-diffusion)."""
     low_res_column: str | None = None
     """Column that holds the small images of conditioning low_res; unset: they are made from the large ones."""
+    mask_column: str | None = None
+    """Column that holds the masks of a masked loss, of the size of their images: white counts, black does not."""
+    alpha_mask: bool = False
+    """Masked loss by the images' own transparency: what is transparent does not count; an opaque image counts whole."""
+    unmasked_weight: Decay = 0.0
+    """Masked loss: how much counts at least what a mask leaves out."""
     max_train_samples: Count | None = None
     """Use only this many rows, drawn by the seed; streaming: whole row groups, of the last one a part."""
     resolution: Count
@@ -80,7 +86,21 @@ class Data:
                 f"data.image_interpolation_mode is {self.image_interpolation_mode}, but data.preparation iddpm has its "
                 "own filters (box, then bicubic): remove one of them"
             )
+        if self.mask_column is not None and self.alpha_mask:
+            raise ValueError(
+                f"data.mask_column ({self.mask_column}) and data.alpha_mask both mask the loss: give one of them"
+            )
+        if self.unmasked_weight and not self.masked:
+            raise ValueError(
+                f"data.unmasked_weight is {self.unmasked_weight:g}, but nothing is masked: remove it, or set "
+                "data.mask_column or data.alpha_mask"
+            )
         self._refuse_what_does_not_stream()
+
+    @property
+    def masked(self) -> bool:
+        """Whether the loss is masked."""
+        return self.mask_column is not None or self.alpha_mask
 
     def _refuse_what_does_not_stream(self) -> None:
         if not self.streaming:

@@ -18,7 +18,7 @@ from finetune.data_changes import fingerprint
 from finetune.datacheck import check, explain, refuse_or_warn
 from finetune.errors import ConfigError, DataError
 from finetune.folder import Problem
-from finetune.images import BadRow, background_rgb, decode, prepare, strict_pillow
+from finetune.images import BadRow, background_rgb, decode, mask_of, prepare, strict_pillow
 from finetune.order import Order, RowOrder, UnitOrder, Units
 from finetune.rows import Row, Rows, rows_of
 from finetune.seeding import key, permutation
@@ -55,6 +55,8 @@ class Sample:
     """Sizes: see `images.Prepared`."""
     low_res: torch.Tensor | None
     """The small image, if the data has one: see `images.Prepared`."""
+    mask: torch.Tensor | None = None
+    """How much each pixel counts, in a masked loss: see `images.Prepared`."""
     replaced: Replaced | None = None
     """Set if `row` stands in for another one."""
 
@@ -151,13 +153,14 @@ class TrainData:
         raise DataError(f"{reason}; nor can any of the {REPLACEMENTS} rows be used that were drawn in its place")
 
     def _made(self, row: Row, epoch: int) -> Sample:
-        image = decode(self.table.image_bytes(row), self.rules).image
+        decoded = decode(self.table.image_bytes(row), self.rules)
+        mask = mask_of(decoded, self.table.mask_bytes(row), self.rules)
         small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
         options, label = self.table.captions(row), self.table.label(row)
         place = {"seed": self.seed, "epoch": epoch, "row": row.number}
-        made = prepare(image, self.rules, **place, small=small, factor=self.factor)
+        made = prepare(decoded.image, self.rules, **place, small=small, factor=self.factor, mask=mask)
         caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]
-        return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res)
+        return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res, made.mask)
 
 
 def report_replaced(replaced: Sequence[Replaced], told: set[int]) -> None:
@@ -227,6 +230,7 @@ def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> 
         rows = rows.drawn(rules.max_train_samples, cfg.seed)
     refuse_or_warn(list(check(table, rows[:FIRST_ROWS], rules, factor=factor).bad.values()), source.name, rules)
     what = (rules.image_column, table.caption_columns, table.label_column, table.class_names, rules.low_res_column)
+    what += () if rules.mask_column is None else (rules.mask_column,)
     content = hashlib.blake2b(repr((table.dataset.footers, what)).encode(), digest_size=16)
     content.update(rows.starts.tobytes() + rows.counts.tobytes())
     facts = {

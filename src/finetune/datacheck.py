@@ -30,7 +30,7 @@ from finetune.data_changes import fingerprint
 from finetune.durable import write
 from finetune.errors import DataError
 from finetune.folder import MOST_LISTED, Problem
-from finetune.images import BadRow, decode, strict_pillow
+from finetune.images import BadRow, decode, mask_of, strict_pillow
 from finetune.rows import Row, Rows, Unreadable
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a name must not forge lines of a report
@@ -113,12 +113,14 @@ def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
         captions, label = rows.captions(row), rows.label(row)
         content = rows.image_bytes(row)
         decoded = decode(content, rules)
+        mask = rows.mask_bytes(row)
+        mask_of(decoded, mask, rules)
         small = rows.image_bytes(row.small) if row.small else b""
         if row.small:
             _check_pair(decode(small, rules).size, decoded.size, factor)
     except BadRow as problem:
         return _Checked(row.number, Problem(row.name, str(problem)), passing=isinstance(problem, Unreadable))
-    digest = rows.digest(row, content, small)
+    digest = rows.digest(row, content, small, mask)
     return _Checked(row.number, None, False, digest, decoded.size, decoded.traits, captions or (), label)
 
 
@@ -182,7 +184,8 @@ def _cache_entry(rows: Rows, numbers: np.ndarray, rules: Data, factor: int) -> P
     what = (
         VERSION, PIL.__version__, rows.dataset._fingerprint, rows.folders, rows.image_column, rows.caption_columns,
         rows.label_column, rows.class_names, settings, rules.max_aspect_ratio, _digest(numbers.tobytes()),
-        rows.low_res_column, factor, rows.label_from_filename,
+        rows.low_res_column, factor, rows.label_from_filename, rows.mask_column, rules.alpha_mask,
+        rules.unmasked_weight,
     )  # fmt: skip
     name = f"{_digest(repr(what).encode())}.safetensors"
     return Path(datasets.config.HF_CACHE_HOME) / "finetune" / "datacheck" / name

@@ -157,7 +157,7 @@ def _on(cfg: TrainConfig, data: str | None, split: str | None) -> TrainConfig:
     if data is not None:
         rules = replace(rules, dataset_name=data, train_data_dir=None, dataset_config_name=None, revision=None,
                         split=split or "train", max_train_samples=None, streaming=False,
-                        shuffle_buffer_size=None)  # fmt: skip
+                        shuffle_buffer_size=None, mask_column=None, alpha_mask=False, unmasked_weight=0.0)  # fmt: skip
     if rules.dataset_name is None and rules.train_data_dir is None:
         raise ConfigError("the run's data were passed from Python: name the data to measure on with --data")
     return replace(cfg, data=rules)

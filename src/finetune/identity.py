@@ -36,6 +36,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.image_interpolation_mode", "asked"),
     ("data.preparation", "asked"),
     ("data.background", "asked"),
+    ("data.alpha_mask", "asked"),
+    ("data.unmasked_weight", "asked"),
     ("data.streaming", "asked"),
     ("data.shuffle_buffer_size", "asked"),
     # What the saved weights, averages and random draws belong to.

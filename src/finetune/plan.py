@@ -78,6 +78,8 @@ def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
     parts.append(f"{sizes} -> {cfg.data.resolution}x{cfg.data.resolution}")
     if facts["upscaled"]:
         parts.append(f"{facts['upscaled']:,} upscaled")
+    if cfg.data.masked:
+        parts.append(f"loss masked by {'alpha' if cfg.data.alpha_mask else cfg.data.mask_column}")
     if "captions" in facts:
         parts.append(f"{facts['captions']['count']:,} captions ({facts['captions']['empty']:,} empty)")
     return ", ".join(parts)

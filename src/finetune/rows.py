@@ -36,6 +36,8 @@ class Row:
     label: Any
     small: Row | None = None
     """Its small image, as a row of an image only."""
+    mask: Row | None = None
+    """Its mask, likewise."""
 
     @property
     def name(self) -> str:
@@ -59,6 +61,8 @@ class Rows:
     """Index of each class name; None if the column holds the indices themselves."""
     low_res_column: str | None = None
     """The column of the small images of super-resolution."""
+    mask_column: str | None = None
+    """The column of the masks of a masked loss."""
     label_from_filename: bool = False
     """Whether a class is named by the image's file name, up to its first "_", and label_column is of no account."""
 
@@ -70,23 +74,27 @@ class Rows:
         table = self.dataset[[int(number) for number in numbers]]
         nothing = {"bytes": None, "path": None}
         images = [image or nothing for image in table[self.image_column]]
-        small = [None] * len(images)
-        if self.low_res_column:
-            of = (image or nothing for image in table[self.low_res_column])
-            small = [
+        beside = {}
+        for column in filter(None, (self.low_res_column, self.mask_column)):
+            of = (image or nothing for image in table[column])
+            beside[column] = [
                 Row(number=int(number), content=image["bytes"], path=image["path"], captions=(), label=None)
                 for number, image in zip(numbers, of, strict=True)
             ]
+        none = [None] * len(images)
+        small, masks = beside.get(self.low_res_column, none), beside.get(self.mask_column, none)
         captions = [()] * len(images)
         if self.caption_columns:
             captions = list(zip(*(table[column] for column in self.caption_columns), strict=True))
         labels = table[self.label_column] if self.label_column else [None] * len(images)
         if self.label_from_filename:
             labels = [_class_of(image["path"]) for image in images]
+        columns = (numbers, images, captions, labels, small, masks)
         return [
-            Row(number=int(n), content=image["bytes"], path=image["path"], captions=cells, label=label, small=other)
-            for n, image, cells, label, other in zip(numbers, images, captions, labels, small, strict=True)
-        ]
+            Row(number=int(n), content=image["bytes"], path=image["path"], captions=cells, label=label, small=other,
+                mask=mask)
+            for n, image, cells, label, other, mask in zip(*columns, strict=True)
+        ]  # fmt: skip
 
     def name(self, row: Row) -> str:
         """What an error calls a row: its name, and the shard that holds it."""
@@ -116,9 +124,10 @@ class Rows:
         """
         if isinstance(self.dataset, Shards):
             return []
-        columns, indices = filter(None, (self.image_column, self.low_res_column)), self.dataset._indices
+        columns, indices = (self.image_column, self.low_res_column, self.mask_column), self.dataset._indices
         found = []
-        for column in map(self.dataset.data.column, columns):  # as Arrow: reading rows takes ten times as long
+        for name in filter(None, columns):
+            column = self.dataset.data.column(name)  # as Arrow: reading rows takes ten times as long
             inside = pc.is_valid(pc.struct_field(column, "bytes"))
             paths = pc.if_else(inside, None, pc.struct_field(column, "path")).to_numpy()
             if self.folders is not None:
@@ -140,6 +149,13 @@ class Rows:
             raise BadRow("cannot be read: there is no such file") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
             raise Unreadable(f"cannot be read: {error}") from None
+
+    def mask_bytes(self, row: Row) -> bytes:
+        """The encoded mask; b"" without a column of masks. Raises BadRow."""
+        try:
+            return self.image_bytes(row.mask) if row.mask else b""
+        except BadRow as problem:
+            raise type(problem)(f"has a mask that {problem}") from None
 
     def captions(self, row: Row) -> tuple[str, ...] | None:
         """The captions that one is drawn from, at least one; None if captions are not used. Raises BadRow."""
@@ -168,8 +184,8 @@ class Rows:
             raise BadRow(f"has the label {label}, but there are {len(self.class_names)} classes")
         return label
 
-    def digest(self, row: Row, content: bytes, small: bytes = b"") -> int:
-        """A number that identifies the images, captions and label of a usable row, wherever they are stored.
+    def digest(self, row: Row, content: bytes, small: bytes = b"", mask: bytes = b"") -> int:
+        """A number that identifies the images, mask, captions and label of a usable row, wherever they are stored.
 
         64 bits, signed as numpy's int64, never 0.
         """
@@ -178,6 +194,7 @@ class Rows:
         words = repr((self.captions(row), label, name)).encode()
         head = len(words).to_bytes(8, "little")
         images = b"".join(hashlib.blake2b(image).digest() for image in (content, small) if image)
+        images += hashlib.blake2b(mask, person=b"mask").digest() if mask else b""
         total = hashlib.blake2b(head + words + images, digest_size=8).digest()
         return int.from_bytes(total, "little", signed=True) or 1
 
@@ -201,6 +218,10 @@ def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows
         remedy = "set it to the column that holds the small images, or unset it to make them from the large ones"
         _require(source, data.low_res_column, "data.low_res_column", remedy)
         columns.append(data.low_res_column)
+    if data.mask_column is not None:
+        remedy = "set it to the column that holds the masks, or unset it to train on whole images"
+        _require(source, data.mask_column, "data.mask_column", remedy)
+        columns.append(data.mask_column)
     class_names, class_index = None, None
     named_by_file = labels and data.label_from_filename
     if labels and not named_by_file:
@@ -210,7 +231,7 @@ def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows
         class_index = {name: index for index, name in enumerate(class_names)} if named else None
         columns.append(data.label_column)
     dataset = dataset.select_columns(list(dict.fromkeys(columns)))
-    for column in filter(None, (data.image_column, data.low_res_column)):
+    for column in filter(None, (data.image_column, data.low_res_column, data.mask_column)):
         dataset = with_encoded_images(dataset, column, source.name)
     if named_by_file:
         class_names = _classes_of_files(dataset, data.image_column, source.name)
@@ -224,6 +245,7 @@ def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows
         class_names=class_names,
         class_index=class_index,
         low_res_column=data.low_res_column,
+        mask_column=data.mask_column,
         label_from_filename=named_by_file,
     )
 

@@ -201,7 +201,8 @@ class Trainer:
         condition = self.modules.conditioner(batch, random)
         if self.modules.has_dropout:  # the one draw that torch makes for itself: keyed by batch, micro-step and process
             torch.manual_seed(key(self.cfg.seed, "dropout", self.state.batches, micro, self.accelerator.process_index))
-        terms = self.modules.objective.loss(bind(self.network, condition), x0, random)
+        masked = {} if batch.mask is None else {"mask": batch.mask.to(self.accelerator.device, non_blocking=True)}
+        terms = self.modules.objective.loss(bind(self.network, condition), x0, random, **masked)
         return MicroBatch(batch.rows, terms, x0.isfinite().flatten(1).all(1))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
