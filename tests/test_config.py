@@ -11,6 +11,7 @@ import yaml
 from finetune import config as c
 from finetune import config_choices as cc
 from finetune import config_optimizer as co
+from finetune import config_prior as cp
 from finetune.config_flags import REFUSED, RENAMED, SWITCHES
 from finetune.config_io import (
     config_main,
@@ -253,6 +254,18 @@ def test_optimizer_of_diffusers():
     assert found.learning_rate == 1
     recipe = load_text("output_dir: o\ndata: {resolution: 8}\noptimizer: {kind: lion, beta2: 0.98}\n")
     assert recipe.optimizer == co.Lion(kind="lion", beta2=0.98)
+
+
+def test_dreambooth_of_diffusers():
+    subject = ("--pretrained_model_name_or_path=x", "--instance_data_dir=dogs", "--instance_prompt", "a sks dog")
+    plain = load(["--output_dir=o", "--resolution=8", *subject], env={})
+    assert (plain.data.train_data_dir, plain.data.instance_prompt, plain.prior) == ("dogs", "a sks dog", None)
+    classes = ("--class_data_dir=c", "--class_prompt", "a dog", "--prior_loss_weight=0.5", "--num_class_images=200")
+    cfg = load(["--output_dir=o", "--resolution=8", *subject, "--with_prior_preservation", *classes], env={})
+    assert cfg.prior == cp.Prior(class_prompt="a dog", class_data_dir="c", weight=0.5, num_class_images=200)
+    assert cfg == load(["--output_dir=o", "--resolution=8", *subject, *classes], env={})
+    with pytest.raises(ConfigError, match="prior.class_prompt: required"):
+        load(["--output_dir=o", "--resolution=8", *subject, "--with_prior_preservation"], env={})
 
 
 FLAGS = """dataset_name dataset_config_name train_data_dir instance_data_dir class_data_dir cache_dir image_column

@@ -27,6 +27,7 @@ from finetune.config_choices import (
 from finetune.config_data import Data
 from finetune.config_objective import DDPM, Objective
 from finetune.config_optimizer import AdamW, Optimizer, optimizer_contradictions
+from finetune.config_prior import Prior, prior_contradictions
 from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
 
@@ -191,6 +192,7 @@ class TrainConfig:
     tracking: Tracking = Field(default_factory=Tracking)
     sample: Sample = Field(default_factory=Sample)
     hub: Hub = Field(default_factory=Hub)
+    prior: Prior | None = None
 
     def __post_init__(self) -> None:
         problems = [f"{place}: {problem}" for place, problem in self._contradictions()]
@@ -238,6 +240,7 @@ class TrainConfig:
             )
         yield from contradictions(self.sample, objective)
         yield from optimizer_contradictions(self.optimizer, self.ema)
+        yield from prior_contradictions(self, parts)
 
     @property
     def sampler(self) -> str:

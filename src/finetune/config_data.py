@@ -35,6 +35,8 @@ class Data:
     """Column that holds the images."""
     caption_column: str | Words = "text"
     """Column(s) that hold the captions; of several, or of a list in one cell, one is drawn per epoch and row."""
+    instance_prompt: str | None = None
+    """The caption of every image, in place of a column: such as "a photo of sks dog"."""
     label_column: str = "label"
     """Column that holds the class labels."""
     label_from_filename: bool = False
@@ -85,6 +87,11 @@ class Data:
             raise ValueError(
                 f"data.image_interpolation_mode is {self.image_interpolation_mode}, but data.preparation iddpm has its "
                 "own filters (box, then bicubic): remove one of them"
+            )
+        if self.instance_prompt is not None and self.caption_column != "text":
+            raise ValueError(
+                f"data.caption_column ({self.caption_column}) and data.instance_prompt both give the captions: give "
+                "one of them"
             )
         if self.mask_column is not None and self.alpha_mask:
             raise ValueError(

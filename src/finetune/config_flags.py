@@ -22,6 +22,8 @@ RENAMED = {
     "proportion_empty_prompts": "conditioning.condition_dropout",
     "revision": "model.revision",
     "pretrained_vae_model_name_or_path": "space.vae",
+    "instance_data_dir": "data.train_data_dir",
+    "prior_loss_weight": "prior.weight",
     "optimizer": "optimizer.kind",
     "prodigy_beta3": "optimizer.beta3",
     "prodigy_decouple": "optimizer.decouple",
@@ -38,11 +40,11 @@ SELECTS = {
 
 SWITCHES = {
     "use_8bit_adam": ("optimizer.kind", "adamw", "adamw_8bit"),
+    "with_prior_preservation": ("prior", {}, {}),
 }
-"""Flags without a setting of their own, which turn one kind, given or not, into another."""
+"""Flags without a setting of their own, which turn a kind, given or not, into another; or ask for a section."""
 
 _LORA = "LoRA is not offered: the whole UNet is trained"
-_DREAMBOOTH = "DreamBooth is not offered: give each image its caption (data.caption_column) and train on those"
 _TEXT_ENCODER = "the text encoders stay frozen: only the UNet is trained"
 _VAE = "the VAE stays frozen: only the UNet is trained"
 _BIAS = "not offered: objective.levels chooses which timesteps are drawn, objective.weighting how much each counts"
@@ -52,8 +54,6 @@ _EPOCHS = "counted in optimizer steps here: use sample.sample_every"
 
 REFUSED = {
     # data
-    "instance_data_dir": "use data.train_data_dir, with one caption per image",
-    "class_data_dir": _DREAMBOOTH,
     "cache_dir": "an environment matter: set HF_HOME, or HF_HUB_CACHE and HF_DATASETS_CACHE",
     "preserve_input_precision": "not offered: images are read with 8 bits per channel; remove it",
     "repeats": "remove it: train.num_train_epochs and train.max_train_steps set how often an image is seen",
@@ -76,8 +76,6 @@ REFUSED = {
     "num_new_tokens_per_abstraction": _TEXT_ENCODER,
     "initializer_concept": _TEXT_ENCODER,
     "enable_t5_ti": _FLUX,
-    "instance_prompt": "write the caption of each image into the data set (data.caption_column)",
-    "class_prompt": _DREAMBOOTH,
     "clip_skip": "not offered: the text encoder's last layer is used, as the pipeline does",
     "max_sequence_length": _FLUX,
     "decoder_only": _VAE,
@@ -90,11 +88,7 @@ REFUSED = {
     "timestep_bias_end": _BIAS,
     "timestep_bias_portion": _BIAS,
     "do_edm_style_training": "use objective.kind edm",
-    "with_prior_preservation": _DREAMBOOTH,
-    "prior_loss_weight": _DREAMBOOTH,
-    "num_class_images": _DREAMBOOTH,
-    "sample_batch_size": _DREAMBOOTH,
-    "prior_generation_precision": _DREAMBOOTH,
+    "prior_generation_precision": "remove it: class images are drawn in train.mixed_precision",
     "weighting_scheme": "use objective.kind flow with objective.levels.kind and objective.weighting.kind",
     "rec_loss": _VAE,
     "kl_scale": _VAE,

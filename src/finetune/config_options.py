@@ -141,16 +141,22 @@ def read_options(options: Sequence[Option]) -> Draft:
     return draft
 
 
+def _words(path: str, value: object) -> str:
+    return f"{path} {value}" if value else f"the section {path}"
+
+
 def _switch(option: Option, draft: Draft) -> None:
     path, before, after = SWITCHES[option.name]
     if option.words not in ([], ["true"], ["True"]):
-        draft.refuse(option.name, f"a switch, which stands for {path} {after}: give it without a value", option.origin)
+        problem = f"a switch, which stands for {_words(path, after)}: give it without a value"
+        draft.refuse(option.name, problem, option.origin)
     elif path in draft.given and draft.given[path].value not in (before, after):
         other = draft.given[path]
         draft.refuse(
-            path, f"stands for {path} {after}, but {other.origin.text} says {show(other.value)}: give one of them",
+            path,
+            f"stands for {_words(path, after)}, but {other.origin.text} says {show(other.value)}: give one of them",
             option.origin,
-        )  # fmt: skip
+        )
     else:
         draft.given[path] = Given(after, option.origin)
 

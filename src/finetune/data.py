@@ -19,7 +19,7 @@ from finetune.datacheck import check, explain, refuse_or_warn
 from finetune.errors import ConfigError, DataError
 from finetune.folder import Problem
 from finetune.images import BadRow, background_rgb, decode, mask_of, prepare, strict_pillow
-from finetune.order import Order, RowOrder, UnitOrder, Units
+from finetune.order import InTurns, Order, RowOrder, UnitOrder, Units
 from finetune.rows import Row, Rows, rows_of
 from finetune.seeding import key, permutation
 from finetune.shards import Shards
@@ -57,6 +57,8 @@ class Sample:
     """The small image, if the data has one: see `images.Prepared`."""
     mask: torch.Tensor | None = None
     """How much each pixel counts, in a masked loss: see `images.Prepared`."""
+    loss_weight: float | None = None
+    """What its loss counts, with prior preservation."""
     replaced: Replaced | None = None
     """Set if `row` stands in for another one."""
 
@@ -74,27 +76,40 @@ class TrainData:
     """[rows found] int64: what identifies the images, captions and label of a row of `rows`; 0 for all others."""
     fingerprint: str
     """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order; of a stream,
-    wherever the same files are: by their footers and sizes."""
+    wherever the same files are: by their footers and sizes. Class images do not count."""
     factor: int
     """Side of an image over that of the small image of data.low_res_column; 1 without one."""
     facts: dict[str, Any]
     """What a reader should know of the data; JSON's types only."""
+    class_images_from: int | None = None
+    """The first row that is a class image of prior preservation, as are all after it; None without."""
+    class_weight: float = 1.0
+    """What the loss of a class image counts."""
 
     def __len__(self) -> int:
-        """The number of samples of one epoch."""
-        return len(self.rows)
+        """The number of samples of one epoch; with class images, as many of them as of the others."""
+        return len(self.rows) if self.class_images_from is None else 2 * self._instances
+
+    @property
+    def _instances(self) -> int:
+        return int(np.searchsorted(self.rows, self.class_images_from))
 
     def order(self, *, global_batch: int) -> Order:
         """Which row comes when: of a stream as its row groups are read, else in one permutation of all."""
         if isinstance(self.rows, Units):
             buffer_size = self.table.dataset.buffer_size
             return UnitOrder(self.rows, seed=self.seed, buffer_size=buffer_size, global_batch=global_batch)
+        if self.class_images_from is not None:
+            own, others = self.rows[: self._instances], self.rows[self._instances :]
+            return InTurns(RowOrder(own, seed=self.seed), RowOrder(others, seed=key(self.seed, "class images")))
         return RowOrder(self.rows, seed=self.seed)
 
     @property
     def content(self) -> str:
         """Hexadecimal; as `fingerprint`, and of the numbers of the rows, which crops and captions are drawn by."""
         where = np.flatnonzero(self.digests).tobytes()
+        if self.class_images_from is not None:
+            where += self.digests[self.class_images_from :].tobytes()
         return hashlib.blake2b(self.fingerprint.encode() + where, digest_size=16).hexdigest()
 
     @property
@@ -122,7 +137,8 @@ class TrainData:
         """
         now = self.digests
         assert len(then) == len(now) and ((then == now) | (then == 0) | (now == 0)).all()
-        return replace(self, rows=np.flatnonzero(then), digests=then, fingerprint=fingerprint(then))
+        own = then[: self.class_images_from]
+        return replace(self, rows=np.flatnonzero(then), digests=then, fingerprint=fingerprint(own))
 
     def samples(self, rows: Sequence[int], epochs: Sequence[int]) -> list[Sample]:
         """Make the sample of each row in its epoch.
@@ -159,8 +175,11 @@ class TrainData:
         options, label = self.table.captions(row), self.table.label(row)
         place = {"seed": self.seed, "epoch": epoch, "row": row.number}
         made = prepare(decoded.image, self.rules, **place, small=small, factor=self.factor, mask=mask)
+        weight = None if self.class_images_from is None else 1.0
+        if weight and row.number >= self.class_images_from:
+            weight = self.class_weight
         caption = None if options is None else options[key(self.seed, "caption", epoch, row.number) % len(options)]
-        return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res, made.mask)
+        return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res, made.mask, weight)
 
 
 def report_replaced(replaced: Sequence[Replaced], told: set[int]) -> None:
@@ -230,7 +249,7 @@ def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> 
         rows = rows.drawn(rules.max_train_samples, cfg.seed)
     refuse_or_warn(list(check(table, rows[:FIRST_ROWS], rules, factor=factor).bad.values()), source.name, rules)
     what = (rules.image_column, table.caption_columns, table.label_column, table.class_names, rules.low_res_column)
-    what += () if rules.mask_column is None else (rules.mask_column,)
+    what += tuple(filter(None, (rules.mask_column, table.instance_prompt)))
     content = hashlib.blake2b(repr((table.dataset.footers, what)).encode(), digest_size=16)
     content.update(rows.starts.tobytes() + rows.counts.tobytes())
     facts = {

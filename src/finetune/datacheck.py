@@ -143,7 +143,7 @@ def _facts(rows: Rows, good: list[_Checked], rules: Data) -> dict[str, Any]:
     facts["upscaled"] = sum(min(row.size) < rules.resolution for row in good)
     facts["duplicates"] = len(good) - len({row.digest for row in good})
     facts["traits"] = dict(sorted(Counter(trait for row in good for trait in row.traits).items()))
-    if rows.caption_columns:
+    if rows.caption_columns or rows.instance_prompt is not None:
         captions = [caption for row in good for caption in row.captions]
         lengths = [len(caption) for caption in captions]
         facts["captions"] = {
@@ -185,7 +185,7 @@ def _cache_entry(rows: Rows, numbers: np.ndarray, rules: Data, factor: int) -> P
         VERSION, PIL.__version__, rows.dataset._fingerprint, rows.folders, rows.image_column, rows.caption_columns,
         rows.label_column, rows.class_names, settings, rules.max_aspect_ratio, _digest(numbers.tobytes()),
         rows.low_res_column, factor, rows.label_from_filename, rows.mask_column, rules.alpha_mask,
-        rules.unmasked_weight,
+        rules.unmasked_weight, rows.instance_prompt,
     )  # fmt: skip
     name = f"{_digest(repr(what).encode())}.safetensors"
     return Path(datasets.config.HF_CACHE_HOME) / "finetune" / "datacheck" / name

@@ -112,15 +112,16 @@ def decode(content: bytes, rules: Data) -> Decoded:
         raise BadRow(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 
-def mask_of(decoded: Decoded, content: bytes, rules: Data) -> Image.Image | None:
+def mask_of(decoded: Decoded, content: bytes | None, rules: Data) -> Image.Image | None:
     """How much each pixel of an image counts in the loss, mode L (255: in full) or F (1); None if there are no masks.
 
-    content: the encoded mask, of data.mask_column. To be called within `strict_pillow`. Raises BadRow.
+    content: the encoded mask of data.mask_column; without one, a mask is the image's own transparency. To be called
+    within `strict_pillow`. Raises BadRow.
     """
     if not rules.masked:
         return None
     mask = decoded.alpha or Image.new("L", decoded.size, 255)
-    if rules.mask_column is not None:
+    if content is not None:
         limits = {name: getattr(rules, name) for name in ("resolution", "max_pixels", "min_side", "max_aspect_ratio")}
         try:
             found = decode(content, Data(**limits, channels=1, alpha_mask=True))

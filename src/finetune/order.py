@@ -95,6 +95,26 @@ class RowOrder:
         return int(self._epoch(epoch)[index])
 
 
+class InTurns:
+    """Two orders in turns, one row of each: an epoch is that of the first, and the second goes on from one to the next.
+
+    Of prior preservation, so that half of any number of consecutive rows are class images, however many there are.
+    """
+
+    def __init__(self, first: Order, second: Order) -> None:
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return 2 * len(self.first)
+
+    def row_at(self, epoch: int, index: int) -> int:
+        """See `Order`."""
+        turn, of_second = divmod(index, 2)
+        if of_second:
+            return self.second.row_at(*divmod(epoch * len(self.first) + turn, len(self.second)))
+        return self.first.row_at(epoch, turn)
+
+
 class UnitOrder:
     """Lanes over permuted units, as described at the top."""
 

@@ -23,6 +23,7 @@ def plan_text(trainer: Trainer) -> str:
         {
             "data": data_line(trainer.data.facts, cfg),
             "classes": classes_line(trainer.data.facts),
+            "prior": prior_line(trainer.data.facts, cfg),
             "space": f"{cfg.space.kind}, x0 {modules.space.channels}x{modules.space.size}x{modules.space.size}",
             "conditioning": conditioning_line(cfg),
             "model": model_line(modules.unet, modules.parameters_frozen),
@@ -92,6 +93,13 @@ def classes_line(facts: Mapping[str, Any], *, most: int = 8) -> str:
         return ""
     shown = ", ".join(f"{name} ({count:,})" for name, count in list(classes.items())[:most])
     return f"{len(classes)}: {shown}" + (", ..." if len(classes) > most else "")
+
+
+def prior_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
+    """The class images; empty without."""
+    if cfg.prior is None:
+        return ""
+    return f"{facts['class_images']:,} class images, every other sample, counting {cfg.prior.weight:g}"
 
 
 def conditioning_line(cfg: TrainConfig) -> str:

@@ -63,6 +63,8 @@ class Rows:
     """The column of the small images of super-resolution."""
     mask_column: str | None = None
     """The column of the masks of a masked loss."""
+    instance_prompt: str | None = None
+    """The caption of all rows, if one setting gives it."""
     label_from_filename: bool = False
     """Whether a class is named by the image's file name, up to its first "_", and label_column is of no account."""
 
@@ -150,15 +152,17 @@ class Rows:
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
             raise Unreadable(f"cannot be read: {error}") from None
 
-    def mask_bytes(self, row: Row) -> bytes:
-        """The encoded mask; b"" without a column of masks. Raises BadRow."""
+    def mask_bytes(self, row: Row) -> bytes | None:
+        """The encoded mask; None without a column of masks. Raises BadRow."""
         try:
-            return self.image_bytes(row.mask) if row.mask else b""
+            return self.image_bytes(row.mask) if row.mask else None
         except BadRow as problem:
             raise type(problem)(f"has a mask that {problem}") from None
 
     def captions(self, row: Row) -> tuple[str, ...] | None:
         """The captions that one is drawn from, at least one; None if captions are not used. Raises BadRow."""
+        if self.instance_prompt is not None:
+            return (self.instance_prompt,)
         if not self.caption_columns:
             return None
         options: list[str] = []
@@ -184,7 +188,7 @@ class Rows:
             raise BadRow(f"has the label {label}, but there are {len(self.class_names)} classes")
         return label
 
-    def digest(self, row: Row, content: bytes, small: bytes = b"", mask: bytes = b"") -> int:
+    def digest(self, row: Row, content: bytes, small: bytes = b"", mask: bytes | None = None) -> int:
         """A number that identifies the images, mask, captions and label of a usable row, wherever they are stored.
 
         64 bits, signed as numpy's int64, never 0.
@@ -204,7 +208,7 @@ def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows
     dataset, columns = source.dataset, [data.image_column]
     caption_columns: tuple[str, ...] = ()
     _require(source, data.image_column, "data.image_column", "set it to the column that holds the images")
-    if captions:
+    if captions and data.instance_prompt is None:
         caption_columns = (data.caption_column,) if isinstance(data.caption_column, str) else data.caption_column
         remedy = (
             "set it to the column that holds the captions; in a folder of images, write a.txt beside each a.jpg, or a "
@@ -246,6 +250,7 @@ def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows
         class_index=class_index,
         low_res_column=data.low_res_column,
         mask_column=data.mask_column,
+        instance_prompt=data.instance_prompt if captions else None,
         label_from_filename=named_by_file,
     )
 

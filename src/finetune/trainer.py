@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from finetune import sample, tracking
 from finetune.batching import Batch, first_batch, make_loader
+from finetune.class_images import with_class_images
 from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
 from finetune.data import open_data, report_replaced
@@ -28,6 +29,7 @@ from finetune.modules import build_modules
 from finetune.objective import Objective
 from finetune.optimization import build_optimizer, evaluation_weights, learning_rate, require_package
 from finetune.pipelines import build_pipeline
+from finetune.prior import make_class_images
 from finetune.processes import build_accelerator, largest, set_kernels
 from finetune.provenance import write_run_files
 from finetune.resume import as_the_run_began, find_checkpoint, resume, run_facts_of
@@ -76,8 +78,9 @@ class Trainer:
 
         with self.accelerator.main_process_first():  # a broken one is renamed by the first that sees it
             found = find_checkpoint(cfg)
+        make_class_images(cfg, self.accelerator, trust=trust)
         with self.accelerator.local_main_process_first():  # its check of the data is cached for the others
-            data = open_data(cfg, dataset=dataset)
+            data = with_class_images(cfg, open_data(cfg, dataset=dataset))
         self.data = as_the_run_began(data, found, self.accelerator)
         self.replaced: set[int] = set()
         """Rows of which it was said that others stand in for them."""
@@ -203,6 +206,8 @@ class Trainer:
             torch.manual_seed(key(self.cfg.seed, "dropout", self.state.batches, micro, self.accelerator.process_index))
         masked = {} if batch.mask is None else {"mask": batch.mask.to(self.accelerator.device, non_blocking=True)}
         terms = self.modules.objective.loss(bind(self.network, condition), x0, random, **masked)
+        if batch.loss_weight is not None:
+            terms = dataclasses.replace(terms, weight=terms.weight * batch.loss_weight.to(terms.weight.device))
         return MicroBatch(batch.rows, terms, x0.isfinite().flatten(1).all(1))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
