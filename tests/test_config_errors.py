@@ -122,7 +122,8 @@ OPTION_MISTAKES = {
     "--revison x": "--revison: no such option; did you mean --revision?",
     "--kind latent": (
         "--kind: several settings have this name: --space.kind, --conditioning.kind, --model.kind, --objective.kind, "
-        "--objective.loss.kind, --objective.levels.kind, --objective.weighting.kind, --objective.variance.kind"
+        "--objective.loss.kind, --objective.levels.kind, --objective.weighting.kind, --objective.variance.kind, "
+        "--optimizer.kind"
     ),
     "--learning_rate abc": "--learning_rate: expected a number, got 'abc'",
     "--learning_rate -1": "--learning_rate: must be greater than 0, got -1 (Peak learning rate)",
@@ -137,7 +138,26 @@ OPTION_MISTAKES = {
     "--hub_token hf_secret": (
         "--hub_token: the token comes from HF_TOKEN or `hf auth login`, never from an option, which others can read"
     ),
-    "--optimizer adamW": "--optimizer: remove it: the optimizer is AdamW",
+    "--optimizer sgd": (
+        "--optimizer: expected one of adamw, adamw_8bit, adafactor, lion, prodigy, schedule_free_adamw, got 'sgd'"
+    ),
+    "--prodigy_decouple False": (
+        "--prodigy_decouple: optimizer.kind is adamw, which does not have it: optimizer.kind prodigy does"
+    ),
+    "--use_8bit_adam --optimizer prodigy": (
+        "--use_8bit_adam: stands for optimizer.kind adamw_8bit, but --optimizer says 'prodigy': give one of them"
+    ),
+    "--use_8bit_adam 8": (
+        "--use_8bit_adam: a switch, which stands for optimizer.kind adamw_8bit: give it without a value"
+    ),
+    "--optimizer prodigy --learning_rate 1e-4": (
+        "--learning_rate: learning_rate 0.0001 is that of another optimizer: prodigy multiplies the step size that it "
+        "finds by it. Remove it, which means 1, or tune d_coef"
+    ),
+    "--optimizer schedule_free_adamw --use_ema": (
+        "--use_ema: optimizer.kind schedule_free_adamw averages the weights itself, and that average is sampled and "
+        "exported: remove use_ema"
+    ),
     "--data 5": "--data: data: expected the settings of this section, got 5",
     "--train {allow_tf32:maybe": (
         "--train: not valid YAML: expected ',' or '}', but got '<stream end>'"

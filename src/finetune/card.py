@@ -239,12 +239,12 @@ def _training_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
         described = f"ddpm, {objective.prediction_type}, {levels}"
     else:
         described = f"{objective.kind}, {objective.prediction_type}, levels {objective.levels.kind}"
+    last = "average of the optimizer" if optimizer.kind == "schedule_free_adamw" else "of the last step"
     rows = {
         "objective": described,
-        "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g}, betas {optimizer.adam_beta1:g} and "
-        f"{optimizer.adam_beta2:g}, weight decay {optimizer.adam_weight_decay:g}",
+        "optimizer": f"{optimizer.title}, learning rate {optimizer.learning_rate:g}, {optimizer.details}",
         "schedule": f"{optimizer.lr_scheduler}, {optimizer.lr_warmup_steps} steps of warm-up",
-        "weights": f"average with {cfg.ema.averages[0]}" if cfg.ema.use_ema else "of the last step",
+        "weights": f"average with {cfg.ema.averages[0]}" if cfg.ema.use_ema else last,
         "precision": cfg.train.mixed_precision if cfg.train.mixed_precision in ("fp16", "bf16") else "float32",
         "seed": str(cfg.seed),
     }

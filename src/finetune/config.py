@@ -1,9 +1,9 @@
 """Every setting of a run, as nested frozen sections. Imports no torch; the text under a field is its only help text.
 
 Names are those of diffusers and Accelerate. Choices are unions told apart by `kind` (config_choices.py,
-config_objective.py); Data stands in config_data.py, Sample in config_sample.py, Cache in config_cache.py. A default
-names its source; "train_unconditional" is the diffusers script of that name, whose defaults hold when only data and
-resolution are given.
+config_objective.py, config_optimizer.py); Data stands in config_data.py, Sample in config_sample.py, and so on. A
+default names its source; "train_unconditional" is the diffusers script of that name, whose defaults hold when only data
+and resolution are given.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from finetune.config_choices import (
 from finetune.config_data import Data
 from finetune.config_lora import Lora, lora_contradictions
 from finetune.config_objective import DDPM, ZERO_SNR, Objective
+from finetune.config_optimizer import AdamW, Optimizer, optimizer_contradictions
+from finetune.config_prior import Prior, prior_contradictions
 from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
 from finetune.config_validation import Validation, validation_contradictions
@@ -78,47 +80,6 @@ class Train:
                 f"train.global_batch_size ({self.global_batch_size}, over all processes) and train.train_batch_size "
                 f"({self.train_batch_size}, per process) both set the batch: give one of them"
             )
-
-
-@section
-class Optimizer:
-    """AdamW and its learning rate. Defaults of train_unconditional."""
-
-    learning_rate: Positive = 1e-4
-    """Peak learning rate."""
-    text_encoder_lr: Positive | None = None
-    """Peak learning rate of the text encoder; unset: learning_rate."""
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = "cosine"
-    """diffusers' schedule, a pure function of the optimizer step."""
-    lr_warmup_steps: CountOrZero = 500
-    """Optimizer steps of linear warm-up."""
-    lr_num_cycles: Count | None = None
-    """Hard restarts of cosine_with_restarts (unset: 1)."""
-    lr_power: Positive | None = None
-    """Power of polynomial (unset: 1)."""
-    adam_beta1: Decay = 0.95
-    """Decay of the first moment."""
-    adam_beta2: Decay = 0.999
-    """Decay of the second moment."""
-    adam_weight_decay: PositiveOrZero = 1e-6
-    """Decoupled weight decay."""
-    adam_epsilon: Positive = 1e-8
-    """Added to the root of the second moment."""
-
-    def __post_init__(self) -> None:
-        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
-            raise ValueError(
-                f"lr_scheduler constant has no warm-up, got lr_warmup_steps {self.lr_warmup_steps}: "
-                "use constant_with_warmup, or set lr_warmup_steps to 0"
-            )
-        if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
-            raise ValueError(f"lr_scheduler polynomial ends at 1e-7: raise learning_rate {self.learning_rate}")
-        if self.lr_num_cycles is not None and self.lr_scheduler != "cosine_with_restarts":
-            raise ValueError("lr_num_cycles needs lr_scheduler cosine_with_restarts")
-        if self.lr_power is not None and self.lr_scheduler != "polynomial":
-            raise ValueError("lr_power needs lr_scheduler polynomial")
 
 
 @section
@@ -235,7 +196,7 @@ class TrainConfig:
     lora: Lora | None = None
     objective: Objective = Field(default_factory=DDPM)
     train: Train = Field(default_factory=Train)
-    optimizer: Optimizer = Field(default_factory=Optimizer)
+    optimizer: Optimizer = Field(default_factory=AdamW)
     ema: Ema = Field(default_factory=Ema)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
@@ -243,6 +204,7 @@ class TrainConfig:
     validation: Validation = Field(default_factory=Validation)
     cache: Cache = Field(default_factory=Cache)
     hub: Hub = Field(default_factory=Hub)
+    prior: Prior | None = None
 
     def __post_init__(self) -> None:
         if not (found := list(self._unsettled())):
@@ -293,8 +255,16 @@ class TrainConfig:
                 "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
                 "variance.kind fixed_small or fixed_large with vb_loss none"
             )
+        if self.data.masked and objective.kind == "ddpm" and objective.variance.vb_loss != "none":
+            yield "objective.variance.vb_loss", (
+                "the variational bound is a likelihood of whole images, which has no masked form: use variance.kind "
+                "fixed_small or fixed_large with vb_loss none, or remove "
+                f"{'data.alpha_mask' if self.data.alpha_mask else 'data.mask_column'}"
+            )
         if not self.is_open:
             yield from contradictions(self.sample, objective)
+        yield from optimizer_contradictions(self.optimizer, self.ema)
+        yield from prior_contradictions(self, conditions(self.conditioning))
 
     def _conditions_contradict(self) -> Iterator[tuple[str, str]]:
         """Rules between the conditions and other sections."""
