@@ -193,7 +193,9 @@ def _data_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
     else:
         rows["source"] = prose(_source(cfg))
     if "rows" in facts:
-        rows["images"] = f"{facts['rows']:,} used, {facts.get('left_out', 0):,} left out"
+        held_out = facts.get("held_out", 0)
+        rows["images"] = f"{facts['rows'] - held_out:,} used, {facts.get('left_out', 0):,} left out"
+        rows["images"] += f", {held_out:,} held out for validation" if held_out else ""
     for side in [side for side in ("width", "height") if side in facts]:
         sizes = facts[side]
         several = f"{sizes['min']} to {sizes['max']}, median {sizes['median']}"

@@ -8,6 +8,7 @@ config_objective.py); Data stands in config_data.py, Sample in config_sample.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -25,7 +26,7 @@ from finetune.config_choices import (
 )
 from finetune.config_data import Data
 from finetune.config_objective import DDPM, Objective
-from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
+from finetune.config_sample import GUIDANCE, Sample, contradictions, few_steps_suit, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
 from finetune.config_validation import Validation, validation_contradictions
 
@@ -232,6 +233,10 @@ class TrainConfig:
     hub: Hub = Field(default_factory=Hub)
 
     def __post_init__(self) -> None:
+        if self.sample.guidance_scale is None:  # decided here, so that nobody after this meets an unset one
+            text, guided = {"pooled_text", "text"} & conditions(self.conditioning).keys(), not self.sample.autoguidance
+            scale = GUIDANCE if text and guided and self._published else 1.0
+            object.__setattr__(self, "sample", replace(self.sample, guidance_scale=scale))
         problems = [f"{place}: {problem}" for place, problem in self._contradictions()]
         if problems:
             raise ValueError("\n".join(problems))
@@ -269,16 +274,25 @@ class TrainConfig:
                 "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
                 "variance.kind fixed_small or fixed_large with vb_loss none"
             )
-        yield from contradictions(self.sample, objective)
+        yield from contradictions(self.sample, objective, few_steps=self._few_steps)
         best_metric = self.checkpoint.best_metric
         yield from validation_contradictions(self.validation, streaming=data.streaming, best_metric=best_metric)
 
     @property
     def sampler(self) -> str:
-        """sample.scheduler, or the default of objective.kind."""
-        return sampler_of(self.sample, self.objective.kind)
+        """sample.scheduler, or the default of objective.kind or of a pretrained model."""
+        return sampler_of(self.sample, self.objective.kind, few_steps=self._few_steps)
 
     @property
     def sampling_steps(self) -> int:
         """How many steps the sampler takes."""
-        return steps_of(self.sample, self.objective)
+        return steps_of(self.sample, self.objective, few_steps=self._few_steps)
+
+    @property
+    def _published(self) -> bool:
+        """Whether the model is one such as Stable Diffusion, whose users expect what its own pipeline does."""
+        return self.model.kind == "pretrained" and self.space.kind == "latent"
+
+    @property
+    def _few_steps(self) -> bool:
+        return self._published and few_steps_suit(self.objective)

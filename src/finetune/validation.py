@@ -147,13 +147,13 @@ class HeldOut:
         """Take in the losses of both sides, [images] float64 each."""
         line, now, self.step = {}, losses["validation"], step
         for name, side in losses.items():
-            line |= _mean_and_error(name, "loss", side)
+            line |= _mean_and_error(f"{name}_loss", f"{name}_stderr", side)
         if not now.isfinite().all():
             log.warning("the validation loss of step %d is not finite: it is not compared", step)
             return line
         if self._best is not None:
             difference = now - self._best
-            line |= _mean_and_error("validation_rise", "mean", difference)
+            line |= _mean_and_error("validation_rise", "validation_rise_stderr", difference)
             lowest = float(difference.mean()) < 0
             clearly = float(difference.mean()) > ERRORS * standard_error(difference)
             self._risen = self._risen + 1 if clearly else 0
@@ -200,9 +200,9 @@ def standard_error(values: Tensor) -> float:
     return float(values.std(correction=1)) / math.sqrt(len(values))
 
 
-def _mean_and_error(name: str, mean: str, values: Tensor) -> dict[str, float | None]:
-    """{"<name>_<mean>": ..., "<name>_stderr": ...}; None for what is not finite, which JSON does not have."""
-    found = {f"{name}_{mean}": float(values.mean()), f"{name}_stderr": standard_error(values)}
+def _mean_and_error(mean: str, error: str, values: Tensor) -> dict[str, float | None]:
+    """Both by these names; None for what is not finite, which JSON does not have."""
+    found = {mean: float(values.mean()), error: standard_error(values)}
     return {key: value if math.isfinite(value) else None for key, value in found.items()}
 
 
