@@ -27,7 +27,7 @@ from finetune.objective import build_objective
 from finetune.rows import image_digest
 from finetune.seeding import PositionRandom, key
 from finetune.trainer import Trainer
-from finetune.validation import HeldOut, StratifiedLevels, standard_error
+from finetune.validation import HeldOut, StratifiedLevels, _with_levels_of_its_own, standard_error
 from forked import log, metrics, run, state, whole
 from tiny import config as tiny
 
@@ -163,6 +163,17 @@ def test_levels_lie_one_in_each_share_of_what_is_trained(settings, share_of):
     assert np.floor(8 * share_of(free).numpy()).tolist() != list(range(8))
 
 
+def test_levels_that_training_draws_by_past_losses_are_uniform_in_the_measure():
+    settings = {"kind": "ddpm", "num_train_timesteps": 8, "variance": {"kind": "learned_range", "vb_loss": "kl"},
+                "levels": {"kind": "loss_second_moment", "history_per_term": 1}}  # fmt: skip
+    objective = build_objective(TypeAdapter(Objective).validate_python(settings), clip_sample=True)
+    objective.levels.update(torch.arange(8), torch.tensor([100.0, *[1.0] * 7]))
+    random = StratifiedLevels(0, 1, 8, "cpu")
+    level, weight = _with_levels_of_its_own(objective).levels.sample(random)
+    assert level.tolist() == list(range(8)) and (weight == 1).all()
+    assert objective.levels.sample(random)[0].tolist() != level.tolist()  # negative control
+
+
 def test_other_draws_of_the_measure_are_plain():
     random, plain = StratifiedLevels(0, 5, 200, "cpu"), PositionRandom(0, torch.arange(200))
     assert random.uniform("other").diff().min() < 0 < random.uniform("level").diff().min()
@@ -210,7 +221,7 @@ def test_one_row_of_each_image_is_measured(tmp_path, pictures):
     cfg = config(tmp_path / "run", validation={"held_out": SHARE, "max_images": 500})
     data = opened([*pictures, *pictures])
     both = HeldOut(data, cfg.validation).rows
-    assert [len(rows) for rows in both] == [len(data.held_out) / 2, len(data) / 2]
+    assert [len(rows) for rows in both] == [len(data.held_out) / 2] * 2 and not set(both[0]) & set(both[1])
     assert max(map(max, both)) < 300, "the first of the two"
 
 
@@ -346,6 +357,41 @@ def test_a_start_that_was_killed_before_a_checkpoint_measures_step_0_once(tmp_pa
     assert run(cfg, body=on(table(pictures)), stop=(2, signal.SIGKILL)) == [-signal.SIGKILL]
     assert run(cfg, body=on(table(pictures))) == [0], log(cfg)
     assert [line["step"] for line in measured(cfg)] == [0, 2, 4, 6, 8, 9]
+
+
+def test_other_levels_are_asked_for_and_not_compared_with(tmp_path, pictures):
+    cfg = config(tmp_path / "run", validation=HELD_OUT, checkpoint={"checkpointing_steps": 4})
+    assert run(cfg, body=on(table(pictures)), stop=(5, signal.SIGTERM)) == [75]
+    other = config(tmp_path / "run", validation=HELD_OUT | {"levels": 2})
+    assert run(other, body=on(table(pictures))) == [2] and "validation.levels: 3 -> 2" in log(cfg)
+    assert run(replace(other, allow_change=("validation.levels",)), body=on(table(pictures))) == [0], log(cfg)
+    assert log(cfg).count("of other images or levels than before") == 1
+    assert ["validation_rise" in line for line in measured(cfg)] == [False, True, True, False, True, True]
+    changed = config(tmp_path / "run", validation=HELD_OUT | {"held_out": 0.4})
+    assert run(changed, body=on(table(pictures))) == [2] and "validation.held_out: 0.3 -> 0.4" in log(cfg)
+
+
+def test_images_that_turn_unusable_cost_themselves_alone(tmp_path, pictures):
+    """data.on_error skip, one of each side: the order of training stays, and the broken image is not measured."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, content in enumerate(pictures[:40]):
+        (folder / f"{number:02}.png").write_bytes(content)
+    data = {"train_data_dir": str(folder), "on_error": "skip"}
+    cfg = config(tmp_path / "run", data=data, validation=HELD_OUT, conditioning={"kind": "none"})
+    assert run(cfg, stop=(5, signal.SIGTERM)) == [75], log(cfg)
+    lowest = sorted(range(40), key=lambda number: image_digest(pictures[number]) % 2**64)
+    for number in (lowest[0], lowest[-1]):
+        (folder / f"{number:02}.png").write_bytes(b"")
+    assert run(cfg) == [0], log(cfg)
+    assert "of other images or levels than before" in log(cfg)
+    assert [line["step"] for line in metrics(cfg) if "loss" in line] == [*range(1, 10)]
+    whole_again = config(tmp_path / "other", data=data, validation=HELD_OUT, conditioning={"kind": "none"})
+    for number in (lowest[0], lowest[-1]):
+        (folder / f"{number:02}.png").write_bytes(pictures[number])
+    assert run(whole_again) == [0], log(whole_again)
+    broken, fine = losses(cfg), losses(whole_again)
+    assert broken[:5] == fine[:5] and np.allclose(broken, fine, rtol=0.5), "at most single samples were replaced"
 
 
 # -- what is concluded -------------------------------------------------------------------------------------------------

@@ -79,7 +79,8 @@ class HeldOut:
         self.cfg = cfg
         trained = replace(data, rules=data.held_out.rules)
         self._sides = {"validation": data.held_out, "train_validation": trained}
-        self.rows = [_first_of_each_image(side, cfg.max_images) for side in self._sides.values()]
+        held_out = _first_of_each_image(data.held_out, cfg.max_images)
+        self.rows = [held_out, _first_of_each_image(trained, len(held_out))]
         """The rows that are measured: held out, and trained on."""
         self._images = data.image_digests
         self.step: int | None = None
@@ -187,12 +188,14 @@ class HeldOut:
     def load(self, found: Checkpoint) -> None:
         """Take over a checkpoint. Losses of other images or levels, which were allowed to change, are not compared."""
         known = found.state.get("validation", {})
-        if known.get("best_step") is None or known["levels"] != self.cfg.levels:
+        if known.get("best_step") is None:
             return
         saved = found.tensors("validation")
-        if np.array_equal(saved["images"].numpy(), self._images[self.rows[0]]):
-            self._best, self._best_step = saved["best"], known["best_step"]
-            self.step, self._risen = known["step"], known["risen"]
+        if known["levels"] != self.cfg.levels or not np.array_equal(saved["images"], self._images[self.rows[0]]):
+            log.warning("the validation loss is of other images or levels than before: compared from here on alone")
+            return
+        self._best, self._best_step = saved["best"], known["best_step"]
+        self.step, self._risen = known["step"], known["risen"]
 
 
 def standard_error(values: Tensor) -> float:
