@@ -74,7 +74,8 @@ def fill_caches(cfg: TrainConfig, data: TrainData, modules: Modules, accelerator
         data, line = _with_latents(cfg, data, modules.space, accelerator)
         lines.append(line)
     texts = texts_of(modules.conditioner) if cfg.cache.text else []
-    captions = sorted(data.table.texts(_usable(data))) if texts else []
+    measured = [data] if data.held_out is None else [data, data.held_out]
+    captions = sorted(set().union(*(each.table.texts(_usable(each)) for each in measured))) if texts else []
     for part in texts:
         lines.append(_with_texts(cfg, part, list(dict.fromkeys(["", *captions])), accelerator))
     for part in modules.frozen:
