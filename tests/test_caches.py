@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from finetune.batching import collate
@@ -21,6 +22,7 @@ from finetune.images import decode, prepare, strict_pillow
 from finetune.modules import build_modules
 from finetune.processes import build_accelerator
 from finetune.seeding import PositionRandom
+from finetune.space import build_space
 from finetune.trainer import Trainer
 from forked import log, metrics, run, state, whole
 from tiny_models import config, make_parts, parts  # noqa: F401  (a fixture)
@@ -114,12 +116,29 @@ def test_the_posterior_is_drawn_anew_in_every_step(make):
     assert torch.equal(x0, again)
 
 
+def test_variants_take_turns_without_a_cache_too_and_captions_do_not(make, images):
+    rules = {"caption_column": ["text", "more"]}
+    cfg = make(latents=False, text=False, data={"variants": 3, **rules})
+    frames = [{"bytes": file.read_bytes(), "path": None} for file in sorted(images.glob("*.png"))]
+    words = {"text": [f"a{i}" for i in range(12)], "more": [f"b{i}" for i in range(12)]}
+    dataset = Dataset.from_dict({"image": frames, **words})
+    rows = list(range(12))
+    cfg = replace(cfg, data=replace(cfg.data, train_data_dir=None))
+    turns = [open_data(cfg, dataset=dataset, progress=False).samples(rows, [epoch] * 12) for epoch in range(6)]
+    pixels = [torch.stack([sample.pixels for sample in turn]) for turn in turns]
+    captions = [[sample.caption for sample in turn] for turn in turns]
+    for epoch in range(3):
+        assert torch.equal(pixels[epoch], pixels[epoch + 3]) and captions[epoch] != captions[epoch + 3]
+        assert not torch.equal(pixels[epoch], pixels[(epoch + 1) % 3])
+    endless = open_data(replace(cfg, data=replace(cfg.data, variants=None)), dataset=dataset, progress=False)
+    plain = [torch.stack([s.pixels for s in endless.samples(rows, [epoch] * 12)]) for epoch in (0, 3)]
+    assert torch.equal(plain[0], pixels[0]) and not torch.equal(plain[1], pixels[3])
+
+
 def check_batches(trainer: Trainer) -> int:
     """Compare each sample of an epoch and a half with its own row: caption, crop, latent. Returns how many."""
     plain = open_data(trainer.cfg, progress=False)
-    vae = build_modules(
-        replace(trainer.cfg, cache=replace(trainer.cfg.cache, latents=False)), plain, torch.device("cpu"), global_batch=4
-    ).space
+    vae = build_space(replace(trainer.cfg, cache=replace(trainer.cfg.cache, latents=False)))
     loader, seen = iter(trainer.loader()), 0
     for _ in range(trainer.steps):
         batch = next(loader)

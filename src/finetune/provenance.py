@@ -149,6 +149,8 @@ def published_config(cfg: TrainConfig) -> TrainConfig:
             within[name] = public_name(value)
     if cfg.data.train_data_dir:
         values["data"]["train_data_dir"] = _last_part(cfg.data.train_data_dir)
+    if cfg.cache.folder:
+        values["cache"]["folder"] = _last_part(cfg.cache.folder)
     if cfg.resume_from_checkpoint != "latest":
         values["resume_from_checkpoint"] = _last_part(cfg.resume_from_checkpoint)
     values["output_dir"] = _last_part(cfg.output_dir)
