@@ -17,7 +17,7 @@ from finetune.batching import collate
 from finetune.cached import latent_keys
 from finetune.caches import fill_caches
 from finetune.data import open_data
-from finetune.errors import DataError
+from finetune.errors import DataError, ProcessError
 from finetune.images import decode, prepare, strict_pillow
 from finetune.modules import build_modules
 from finetune.processes import build_accelerator
@@ -291,6 +291,42 @@ def test_a_row_that_cannot_be_read_any_more(make, images, tmp_path, monkeypatch)
     assert "made" in line
     [sample] = data.samples([4], [0])
     assert sample.replaced.row == 4 and sample.row != 4 and sample.moments is not None
+
+
+def test_a_process_that_cannot_make_its_share_ends_the_others(make, images, tmp_path):
+    own = tmp_path / "pictures"
+    shutil.copytree(images, own)
+
+    def spoilt(cfg):
+        from finetune import caches
+
+        keys_of = caches.latent_keys
+
+        def after_the_check(data):
+            (own / "05.png").write_bytes(b"no picture")  # the share of the second process
+            return keys_of(data)
+
+        caches.latent_keys = after_the_check
+        Trainer(cfg)
+
+    cfg = make(data={"train_data_dir": str(own), "variants": 1})
+    codes = run(cfg, processes=2, body=spoilt, seconds=60)
+    assert codes == [ProcessError.exit_code, DataError.exit_code]
+    assert "process 0 waits for nobody: process 1 ended: DataError: 05.png was changed since it was" in log(cfg)
+
+
+def test_a_damaged_record_is_made_anew(make, tmp_path, caplog):
+    data, _, _ = opened(make())
+    before = data.samples([3], [1])[0].moments
+    [file] = (tmp_path / "cache" / "latents").rglob("*.safetensors")
+    shard, index = data.latents.places[3, 1].tolist()
+    content = bytearray(file.read_bytes())
+    content[data.latents.records.shards[shard].starts[0] + index * before.nbytes + 9] ^= 64
+    file.write_bytes(content)
+    os.utime(file, (1, 1))
+    data, line, _ = opened(make())
+    assert "latents: 23 reused, 1 made" in line and "is damaged" in caplog.text
+    assert torch.equal(data.samples([3], [1])[0].moments, before)
 
 
 def test_latents_that_are_not_finite_are_refused_with_their_row(make, monkeypatch):

@@ -9,7 +9,7 @@ from finetune.provenance import published_config
 
 TYPE = TypeAdapter(TrainConfig)
 LATENT = {"kind": "latent", "vae": "some/vae"}
-TEXT = {"kind": "text", "text_encoder": "some/clip", "tokenizer": "some/clip"}
+TEXT = {"kind": "pooled_text", "text_encoder": "some/clip", "tokenizer": "some/clip"}
 
 
 def config(**sections) -> TrainConfig:
@@ -42,7 +42,8 @@ def test_nothing_is_cached_unless_it_is_asked_for():
             "set data.variants",
         ),
         (
-            {"cache": {"latents": True}, "space": LATENT, "data": {"streaming": True, "dataset_name": "some/data", "train_data_dir": None}},
+            {"cache": {"latents": True}, "space": LATENT,
+             "data": {"streaming": True, "dataset_name": "some/data", "train_data_dir": None}},
             "remove data.streaming, or the cache",
         ),
         (
