@@ -169,7 +169,7 @@ def _load_weights(cfg: TrainConfig, found: Checkpoint, part: str, unet: UNet, co
 
 def _on(cfg: TrainConfig, data: str | None, split: str | None) -> TrainConfig:
     """The config with the data that are measured on, prepared without chance."""
-    rules = replace(cfg.data, center_crop=True, random_flip=False, split=split or cfg.data.split)
+    rules = replace(cfg.data, center_crop=True, random_flip=False, variants=None, split=split or cfg.data.split)
     if data is not None:
         rules = replace(rules, dataset_name=data, train_data_dir=None, dataset_config=None, dataset_config_name=None,
                         revision=None,
