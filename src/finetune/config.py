@@ -252,7 +252,7 @@ class TrainConfig:
         objective = self.objective
         if objective.kind == "ddpm" and objective.rescale_betas_zero_snr and objective.prediction_type is None:
             yield "objective", ZERO_SNR
-        for name in ("condition_dropout", "clip_skip"):
+        for name in ("condition_dropout", "clip_skip", "inpaint"):
             if self.conditioning.kind == "auto" and getattr(self.conditioning, name) is not None:
                 yield f"conditioning.{name}", "there is no condition: choose one by conditioning.kind"
 
@@ -292,8 +292,10 @@ class TrainConfig:
             yield "sample.prompts", f"conditioning.kind is {reads}, which takes no prompts: remove them"
         if self.sample.class_labels and "class_label" not in parts:
             yield "sample.class_labels", f"conditioning.kind is {reads}, which takes no labels: remove them"
-        if text and not self.sample.prompts and "low_res" not in parts and not pretrained:
+        if text and not self.sample.prompts and not {"low_res", "inpaint"} & parts.keys() and not pretrained:
             yield "sample.prompts", f"conditioning.kind {reads} needs at least one prompt to sample with"
+        if "inpaint" in parts and (parts.keys() != {"text", "inpaint"} or self.space.kind == "pixel"):
+            yield "conditioning.inpaint", "it goes with a text alone and space.kind latent, as in Stable Diffusion"
         data, asked = self.data, bool(self.sample.prompts or self.sample.class_labels)
         yield from low_res_contradictions(parts, data.resolution, data.low_res_column, data.preparation, asked)
         if self.sample.guidance_scale not in (0.0, 1.0) and self.sample.autoguidance is None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from finetune.batching import Batch
+    from finetune.conditions import Inpaint
     from finetune.config import TrainConfig
 
 FURTHER = ("respacing", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "guidance_rescale", "guidance_interval")
@@ -34,6 +35,7 @@ def generate(
     prompts: Sequence[str] | None = None,
     class_labels: Sequence[int] | None = None,
     images: Sequence[Image] | Tensor | None = None,
+    masks: Tensor | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
@@ -43,15 +45,18 @@ def generate(
 
     Image i takes all its noise from a CPU generator seeded with seed + i, so it does not depend on batch_size, on the
     other images or on the device, and torch's global random state is not touched. Prompts, class labels and images (the
-    small ones of super-resolution: PIL, or [n, C, H, W] in [0, 1]) are repeated to fill num_images; without labels, a
-    class-conditional pipeline draws each class in turn. num_inference_steps, guidance_scale: unset for the pipeline's
-    own. further: those of FURTHER, for a UNetPipeline. Raises ConfigError for what the pipeline cannot take.
+    small ones of super-resolution: PIL, or [n, C, H, W] in [0, 1]; or, with masks [n, 1, H, W], those to be painted in)
+    are repeated to fill num_images; without labels, a class-conditional pipeline draws each class in turn.
+    num_inference_steps, guidance_scale: unset for the pipeline's own. further: those of FURTHER, for a UNetPipeline.
+    Raises ConfigError for what the pipeline cannot take.
     """
     import torch
 
     if num_images < 1:
         raise ConfigError(f"num_images must be at least 1, got {num_images}")
     wanted = wanted_conditions(pipeline, num_images, prompts=prompts, class_labels=class_labels, images=images)
+    if masks is not None:
+        wanted["mask_image"] = list(masks)
     options = _options(pipeline, num_inference_steps, guidance_scale, further)
     batch_size = batch_size or batch_for(pipeline)
     drawn: list[Image] = []
@@ -78,7 +83,7 @@ def wanted_conditions(
         raise ConfigError(f"this pipeline takes no prompts (conditioning {kind}): leave them out")
     if class_labels and "class_label" not in kinds:
         raise ConfigError(f"this pipeline takes no class labels (conditioning {kind}): leave them out")
-    if images is not None and "low_res" not in kinds:
+    if images is not None and not kinds & {"low_res", "inpaint"}:
         raise ConfigError(f"this pipeline takes no images (conditioning {kind}): leave them out")
     given: dict[str, list] = {}
     if "class_label" in kinds:
@@ -87,10 +92,10 @@ def wanted_conditions(
         given["prompt"] = list(prompts or ())
         if not prompts:
             raise ConfigError("this pipeline draws from text: give at least one prompt")
-    if "low_res" in kinds:
+    if kinds & {"low_res", "inpaint"}:
         given["image"] = [] if images is None else list(images)
         if not given["image"]:
-            raise ConfigError("this pipeline enlarges images: give at least one")
+            raise ConfigError("this pipeline starts from images: give at least one")
     return {name: [values[i % len(values)] for i in range(num_images)] for name, values in given.items()}
 
 
@@ -108,7 +113,7 @@ def conditioning_of(pipeline: DiffusionPipeline) -> str:
     if name == "UNetPipeline":
         return pipeline.config.conditioning
     kinds = {"DDPMPipeline": "none", "DDIMPipeline": "none", "StableDiffusionPipeline": "text"}
-    kinds["StableDiffusionXLPipeline"] = "pooled_text+text+size"
+    kinds |= {"StableDiffusionXLPipeline": "pooled_text+text+size", "StableDiffusionInpaintPipeline": "text+inpaint"}
     if name not in kinds:
         raise ConfigError(f"cannot draw from a {name}: it must be a UNetPipeline or one of {', '.join(kinds)}")
     return kinds[name]
@@ -153,19 +158,29 @@ def _options(
     return options
 
 
-def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, shown: Batch | None = None) -> None:
+def draw_grid(
+    pipeline: DiffusionPipeline,
+    cfg: TrainConfig,
+    path: Path,
+    shown: Batch | None = None,
+    *,
+    inpaint: Inpaint | None = None,
+) -> None:
     """Draw the images that cfg.sample asks for and write them to `path` as one labelled grid.
 
     pipeline: that of build_pipeline for this cfg. shown: of super-resolution, training samples to enlarge by their own
-    captions and classes; each is then small image, drawn image and truth, side by side.
+    captions and classes; each is then small image, drawn image and truth, side by side. inpaint: instead, their middle
+    is painted anew.
     """
     section, ours = cfg.sample, type(pipeline).__name__ == "UNetPipeline"  # which has the settings itself
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     given: dict[str, Any] = {"prompts": section.prompts, "class_labels": section.class_labels}
     if shown is not None:
-        small = small_of(pipeline, shown)
+        hides = inpaint.masks(len(shown), shown.pixel_values.shape[-2:]) if inpaint else None
+        small = small_of(pipeline, shown) if hides is None else shown.pixel_values * (hides < 0.5)
         labels_of = None if shown.class_labels is None else shown.class_labels.tolist()
-        given = {"prompts": shown.captions, "class_labels": labels_of, "images": (small / 2 + 0.5).clamp(0, 1)}
+        from_images = (small if hides is None else shown.pixel_values) / 2 + 0.5
+        given = {"prompts": shown.captions, "class_labels": labels_of, "images": from_images.clamp(0, 1)}
     images = generate(
         pipeline,
         num_images=section.num_images if shown is None else len(shown),
@@ -173,12 +188,14 @@ def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, shown: 
         num_inference_steps=None if ours else cfg.sampling_steps,
         guidance_scale=None if ours else section.guidance_scale,
         **given,
+        **({} if shown is None or hides is None else {"masks": hides}),
     )
     labels = captions_of(pipeline, wanted_conditions(pipeline, len(images), **given))
     columns = columns_for(labels)
     if shown is not None:
         images, columns = triples(small, images, shown.pixel_values), 6
-        labels = [text for label in labels or [""] * len(small) for text in ("small", label or "drawn", "truth")]
+        first = "masked" if inpaint else "small"
+        labels = [text for label in labels or [""] * len(small) for text in (first, label or "drawn", "truth")]
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(images, labels, columns=columns).save(path.with_suffix(".tmp"), format="PNG")
     path.with_suffix(".tmp").replace(path)  # a picture that is there is whole

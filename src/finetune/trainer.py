@@ -276,14 +276,15 @@ class Trainer:
         """
         if self.accelerator.is_main_process and (again or not self.sample_path.exists()):
             with self.averaged_weights(), self.accelerator.autocast():
-                upscales = "low_res" in self.modules.conditioner.parts
-                shown = first_batch(self.data, self.cfg.sample.num_images) if upscales else None
+                parts = self.modules.conditioner.parts
+                from_images = {"low_res", "inpaint"} & parts.keys()
+                shown = first_batch(self.data, self.cfg.sample.num_images) if from_images else None
                 with (
                     surviving(f"samples at step {self.step}", required=self.step == self.steps),
                     contextlib.suppress(Interrupted),
                     SIGNALS.interrupting(),
                 ):
-                    sample.draw_grid(self.pipeline(), self.cfg, self.sample_path, shown)
+                    sample.draw_grid(self.pipeline(), self.cfg, self.sample_path, shown, inpaint=parts.get("inpaint"))
         self.accelerator.wait_for_everyone()
         self.stop = int(largest(self.accelerator, SIGNALS.received))
 
