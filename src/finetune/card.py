@@ -126,7 +126,7 @@ def _sentence(cfg: TrainConfig, pipeline: str, metrics: Sequence[Mapping[str, An
     side, kinds = cfg.data.resolution, conditions(cfg.conditioning)
     images = f"{side}×{side} {'images' if cfg.data.channels == 3 else 'grey images'}"
     words = {"class_label": "by class", "low_res": "from small images"}
-    names = dict.fromkeys(words.get(kind, "from text") for kind in kinds if kind != "size")
+    names = dict.fromkeys(words.get(kind, "from text") for kind in kinds if kind not in ("size", "inpaint"))
     condition = " and ".join(names) or "without a condition"
     what = {"unet2d": "UNet2DModel", "unet2d_condition": "UNet2DConditionModel", "pretrained": "UNet"}[cfg.model.kind]
     space = f"in the latent space of {code(cfg.space.vae)}" if cfg.space.kind == "latent" else "in pixel space"
@@ -159,6 +159,8 @@ def _usage(cfg: TrainConfig, run: Mapping[str, Any], pipeline: str, name: str) -
         given.append("class_labels=0" if several else f"class_labels={list(range(min(4, classes)))}")
     if "low_res" in parts:
         given.append('image=Image.open("small.png")')
+    if "inpaint" in parts:
+        given.append('image=Image.open("image.png"), mask_image=Image.open("mask.png")')
     arguments = ", ".join(given) or "batch_size=4"
     if not ours:  # ours keeps these two as its defaults
         arguments += f", num_inference_steps={cfg.sampling_steps}"
@@ -169,7 +171,7 @@ def _usage(cfg: TrainConfig, run: Mapping[str, Any], pipeline: str, name: str) -
     snippet = "\n".join(
         [
             "import torch",
-            *["from PIL import Image"] * ("low_res" in parts),
+            *["from PIL import Image"] * bool({"low_res", "inpaint"} & parts.keys()),
             f"from {'finetune.pipelines' if ours else 'diffusers'} import {pipeline}",
             "",
             f"pipeline = {pipeline}.from_pretrained({place!r})"

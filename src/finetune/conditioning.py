@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from finetune.conditions import ClassLabel, Condition, LowRes, Single, Size, without
+from finetune.conditions import ClassLabel, Condition, Inpaint, LowRes, Single, Size, without
 from finetune.config_choices import CONDITIONS, SDXL, Part, conditions
 from finetune.errors import ConfigError
 from finetune.frozen import Frozen
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from finetune.batching import Batch
     from finetune.config import TrainConfig
     from finetune.seeding import PositionRandom
+    from finetune.space import Space
 
 
 class Conditioner(Protocol):
@@ -161,9 +162,13 @@ def text_encoders(conditioner: Conditioner) -> dict[str, CLIPTextModel]:
 
 
 def build_conditioner(
-    cfg: TrainConfig, class_names: Sequence[str] | None = None, device: torch.device | str = "cpu"
+    cfg: TrainConfig,
+    class_names: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    space: Space | None = None,
 ) -> Conditioner:
-    """The conditioner that cfg.conditioning names; class_names: those of the data, if it has any.
+    """The conditioner that cfg.conditioning names; class_names: those of the data, if it has any. space: for inpaint.
 
     Raises ConfigError if the number of classes is unknown or too small, or a text encoder cannot be loaded.
     """
@@ -183,6 +188,9 @@ def build_conditioner(
                 dropout=section.condition_dropout,
                 device=device,
             )
+        elif kind == "inpaint":
+            assert space is not None, "its latents are those of the space"
+            parts[kind] = Inpaint(space, full_mask=section.full_mask)
         elif kind == "size":
             parts[kind] = Size(dropout=section.condition_dropout, device=device)
         else:

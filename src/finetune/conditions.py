@@ -18,10 +18,11 @@ from finetune.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from finetune.batching import Batch
     from finetune.seeding import PositionRandom
+    from finetune.space import Space
 
 Condition = dict[str, Tensor]
 """What `models.bind` gives the UNet, one row per sample, empty for none: class_labels, encoder_hidden_states,
-text_embeds, time_ids, low_res."""
+text_embeds, time_ids, low_res, inpaint."""
 
 
 class Single:
@@ -172,6 +173,56 @@ class LowRes(Single):
     def unconditional(self, n: int) -> Condition:
         """Zeros."""
         return {"low_res": torch.zeros(n, self.channels, self.side, self.side, device=self.device)}
+
+
+class Inpaint(Single):
+    """{"inpaint": [B, 1 + c, h, w] float32}: a mask, 1 where is to be painted, and the latents of the image without it.
+
+    The latents are the posterior's mean. The order of channels, and nearest pixels for the mask, are those of
+    StableDiffusionInpaintPipeline.
+    """
+
+    kind = "inpaint"
+    dropout = 0.0
+    null = "zero"
+
+    def __init__(self, space: Space, *, full_mask: float = 0.25) -> None:
+        """full_mask: the share of training samples that are hidden as a whole."""
+        self.space, self.full_mask = space, full_mask
+        self.channels = 1 + space.channels
+
+    def of(self, batch: Batch, random: PositionRandom | None = None) -> Condition:
+        """Of rectangles drawn for the batch; without `random`, of the middle of each image."""
+        sides = batch.pixel_values.shape[-2:]
+        return self.condition((batch.pixel_values, self.masks(len(batch), sides, random)))
+
+    def masks(self, n: int, sides: tuple[int, int], random: PositionRandom | None = None) -> Tensor:
+        """[n, 1, H, W] float32 of 0 and 1: rectangles of a quarter of each side or more, or all; or the middle half."""
+        masks = torch.zeros(n, 1, *sides)
+        spans = []
+        for axis, side in zip(("height", "width"), sides, strict=True):
+            length, start = torch.full((n,), 0.5), torch.full((n,), 0.5)
+            if random is not None:
+                length, start = 0.25 + 0.75 * random.uniform(f"mask {axis}"), random.uniform(f"mask {axis} start")
+            length = (length * side).round().long()
+            first = (start * (side - length + 1)).long().clamp(max=side - 1)
+            spans.append((first, first + length))
+        for mask, top, bottom, left, right in zip(masks, *spans[0], *spans[1], strict=True):
+            mask[:, top:bottom, left:right] = 1
+        if random is not None:
+            masks[random.uniform("full mask") < self.full_mask] = 1
+        return masks
+
+    def condition(self, wanted: tuple[Tensor, Tensor]) -> Condition:
+        """Of images [n, C, H, W] in [-1, 1] and masks [n, 1, H, W]."""
+        images, masks = wanted
+        latents = self.space.encode((images * (masks < 0.5)).to(self.space.vae.device))
+        small = F.interpolate(masks.to(latents.device), latents.shape[-2:])
+        return {"inpaint": torch.cat([small, latents], dim=1)}
+
+    def unconditional(self, n: int) -> Condition:
+        """Zeros."""
+        return {"inpaint": torch.zeros(n, self.channels, self.space.size, self.space.size)}
 
 
 class Size(Single):

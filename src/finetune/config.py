@@ -230,7 +230,7 @@ class TrainConfig:
         objective = self.objective
         if objective.kind == "ddpm" and objective.rescale_betas_zero_snr and objective.prediction_type is None:
             yield "objective", ZERO_SNR
-        for name in ("condition_dropout", "clip_skip", "chunks"):
+        for name in ("condition_dropout", "clip_skip", "chunks", "inpaint"):
             if self.conditioning.kind == "auto" and getattr(self.conditioning, name) is not None:
                 yield f"conditioning.{name}", "there is no condition: choose one by conditioning.kind"
 
@@ -286,8 +286,10 @@ class TrainConfig:
             yield "sample.prompts", f"conditioning.kind is {reads}, which takes no prompts: remove them"
         if self.sample.class_labels and "class_label" not in parts:
             yield "sample.class_labels", f"conditioning.kind is {reads}, which takes no labels: remove them"
-        if text and not self.sample.prompts and "low_res" not in parts and not pretrained:
+        if text and not self.sample.prompts and not {"low_res", "inpaint"} & parts.keys() and not pretrained:
             yield "sample.prompts", f"conditioning.kind {reads} needs at least one prompt to sample with"
+        if "inpaint" in parts and (parts.keys() != {"text", "inpaint"} or self.space.kind == "pixel"):
+            yield "conditioning.inpaint", "it goes with a text alone and space.kind latent, as in Stable Diffusion"
         data, asked = self.data, bool(self.sample.prompts or self.sample.class_labels)
         yield from caption_contradictions(self.captions, bool(text), data.dataset_config is not None)
         yield from low_res_contradictions(parts, data.resolution, data.low_res_column, data.preparation, asked)

@@ -59,9 +59,9 @@ def cache_contradictions(
                 "a mask is cut with its image in every step, and cached latents look at no image: remove "
                 "data.mask_column or data.alpha_mask, or the cache"
             )
-        if "low_res" in conditions:
+        for reader in sorted({"low_res", "inpaint"} & set(conditions)):
             yield "cache.latents", (
-                "conditioning low_res reads the pixels of each image, which are not looked at with cached latents: "
+                f"conditioning {reader} reads the pixels of each image, which are not looked at with cached latents: "
                 "remove one of them"
             )
     if cache.text:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.config_foundation import SDXL, AutoConditioning, AutoSpace
+from finetune.config_foundation import SDXL, AutoConditioning, AutoSpace, InpaintCondition
 from finetune.config_types import Count, CountOrZero, Fraction, Int, PositiveOrZero, Words, section
 
 
@@ -156,6 +156,7 @@ class Several:
     text: SequenceCondition | None = None
     low_res: LowResCondition | None = None
     size: SizeCondition | None = None
+    inpaint: InpaintCondition | None = None
     dropout_draws: Literal["joint", "independent"] = "joint"
     """joint: one draw per sample drops each condition whose rate lies above it, so that all go together as often as
     the lowest rate says; independent: one draw per condition (generative-models), all with the product of the rates."""
@@ -169,8 +170,10 @@ Conditioning = Annotated[
     AutoConditioning | Unconditional | ClassLabel | PooledText | TextSequence | LowRes | Several | SDXL,
     Field(discriminator="kind"),
 ]
-CONDITIONS = ("class_label", "pooled_text", "text", "low_res", "size")
-Part = LabelCondition | TextCondition | SequenceCondition | LowResCondition | SizeCondition | SDXL
+CONDITIONS = ("class_label", "pooled_text", "text", "low_res", "size", "inpaint")
+Part = (
+    LabelCondition | TextCondition | SequenceCondition | LowResCondition | SizeCondition | SDXL | InpaintCondition
+)
 
 
 def conditions(conditioning: Conditioning) -> dict[str, Part]:
@@ -205,6 +208,8 @@ def low_res_contradictions(
     parts: dict[str, Part], resolution: int, column: str | None, preparation: str, asked: bool
 ) -> Iterator[tuple[str, str]]:
     """What of the data does not go with super-resolution, as (place, problem) pairs."""
+    if "inpaint" in parts and asked:
+        yield "sample.prompts", "with inpaint among the conditions, training samples are shown: remove it"
     if "low_res" not in parts:
         if column is not None:
             yield "data.low_res_column", "there is no condition low_res, which would read it: remove it"

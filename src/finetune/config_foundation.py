@@ -1,4 +1,4 @@
-"""To take space and conditioning from a pretrained pipeline, and the conditions of Stable Diffusion XL.
+"""To take space and conditioning from a pretrained pipeline, and what only Stable Diffusion is conditioned on.
 
 Imports no torch.
 """
@@ -18,6 +18,22 @@ class AutoSpace:
 
 
 @section
+class InpaintCondition:
+    """Inpainting: a mask, and the latents of the image without what it hides, concatenated to the network's input.
+
+    Masks are drawn, a rectangle per sample; they are never dropped.
+    """
+
+    full_mask: Fraction = 0.25
+    """Share of samples of which all is hidden (0.25 as in Stable Diffusion's own training for inpainting)."""
+
+    @property
+    def condition_dropout(self) -> float:
+        """0: the network always knows what it is to paint."""
+        return 0.0
+
+
+@section
 class AutoConditioning:
     """That of the pretrained pipeline, with its text encoders; none for a new model."""
 
@@ -28,6 +44,7 @@ class AutoConditioning:
     """Layers left out at the end of a text encoder: see the kinds that have it; unset: none."""
     chunks: Count | None = None
     """Pieces of 75 tokens that a text is read in: see the kinds that have it; unset: 1."""
+    inpaint: InpaintCondition | None = None
 
 
 @section

@@ -101,7 +101,8 @@ def load_subject(
             f"{', '.join(classes or ())}: their numbers would mean something else"
         )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    space, conditioner = build_space(cfg, device), build_conditioner(cfg, classes, device)
+    space = build_space(cfg, device)
+    conditioner = build_conditioner(cfg, classes, device, space=space)
     unet = build_unet(cfg, space, conditioner, seed=cfg.seed)
     choose_trained(cfg, unet, conditioner)
     part = averaged_part(cfg, average)

@@ -15,7 +15,13 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import ConfigMixin, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    ConfigMixin,
+    DiffusionPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from finetune.card import draw_loss, model_card, read_metrics
@@ -206,7 +212,11 @@ def _draw(pipeline: DiffusionPipeline) -> np.ndarray:
     """Two images of two steps (one, if two do not divide the training steps, as ddim wants): [2, H, W, C]."""
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"batch_size": 2}
-    kinds = {"text"} if isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline) else set()
+    stock = (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusionInpaintPipeline)
+    kinds = {"text"} if isinstance(pipeline, stock) else set()
+    if isinstance(pipeline, StableDiffusionInpaintPipeline):
+        side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        options["image"], options["mask_image"] = torch.full((2, 3, side, side), 0.5), torch.ones(2, 1, side, side)
     if isinstance(pipeline, UNetPipeline):
         kinds = set(kinds_of(pipeline))
     if "class_label" in kinds:

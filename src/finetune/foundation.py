@@ -18,8 +18,10 @@ from pydantic import ValidationError
 from finetune.config import TrainConfig
 from finetune.config_choices import (
     SDXL,
+    AutoConditioning,
     ClassLabel,
     Conditioning,
+    InpaintCondition,
     LabelCondition,
     LatentSpace,
     LowRes,
@@ -89,7 +91,7 @@ def with_prompts(cfg: TrainConfig, data: TrainData) -> TrainConfig:
     from finetune.batching import first_batch
 
     parts = conditions(cfg.conditioning)
-    if cfg.sample.prompts or not {"text", "pooled_text"} & parts.keys() or "low_res" in parts:
+    if cfg.sample.prompts or not {"text", "pooled_text"} & parts.keys() or {"low_res", "inpaint"} & parts.keys():
         return cfg
     captions = first_batch(data, min(MOST_PROMPTS, cfg.sample.num_images)).captions
     return replace(cfg, sample=replace(cfg.sample, prompts=tuple(dict.fromkeys(captions))))
@@ -97,7 +99,7 @@ def with_prompts(cfg: TrainConfig, data: TrainData) -> TrainConfig:
 
 def _of_lone_unet(cfg: TrainConfig) -> TrainConfig:
     auto = cfg.conditioning.kind == "auto"
-    if auto and (cfg.conditioning.condition_dropout is not None or cfg.conditioning.clip_skip is not None):
+    if auto and cfg.conditioning != AutoConditioning():
         raise ConfigError(
             f"{SETTING}: {cfg.model.pretrained_model_name_or_path} is no pipeline (it has no model_index.json) that "
             "would say what it is conditioned on: choose conditioning.kind"
@@ -121,7 +123,8 @@ class _Pipeline:
         self.cfg, self.model, self.index = cfg, cfg.model, index
         self.name = self.model.pretrained_model_name_or_path
         self.kind = str(index.get("_class_name"))
-        kinds = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline", "DDIMPipeline", "UNetPipeline")
+        kinds = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionInpaintPipeline")
+        kinds += ("DDPMPipeline", "DDIMPipeline", "UNetPipeline")
         if self.kind not in kinds:
             raise ConfigError(
                 f"{SETTING}: {self.name} is a {self.kind}: what it is trained with is known of {', '.join(kinds)} "
@@ -139,8 +142,13 @@ class _Pipeline:
         """The conditions that it samples by."""
         auto, ours = self.cfg.conditioning, self.kind == "UNetPipeline"
         kinds = {"StableDiffusionPipeline": "text", "StableDiffusionXLPipeline": "pooled_text+text+size"}
+        kinds["StableDiffusionInpaintPipeline"] = "text+inpaint"
         joined = self.index.get("conditioning", "none") if ours else kinds.get(self.kind, "none")
         parts = [] if joined == "none" else joined.split("+")
+        if auto.inpaint and self.kind not in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
+            raise ConfigError(f"conditioning.inpaint: only a StableDiffusionPipeline can be made one, {self.name} is a "
+                              f"{self.kind}: remove it")  # fmt: skip
+        parts += ["inpaint"] if auto.inpaint and "inpaint" not in parts else []
         written = {name: getattr(auto, name) for name in ("clip_skip", "chunks")}
         for name in (name for name, value in written.items() if value is not None and "text" not in parts):
             raise ConfigError(f"conditioning.{name}: {self.name} reads no token sequence (its conditioning is "
@@ -158,10 +166,11 @@ class _Pipeline:
             return SDXL(kind="sdxl", pipeline=self.name, null=null, **reads, **dropout, **self._at)
         single = {"class_label": ClassLabel, "pooled_text": PooledText, "text": TextSequence, "low_res": LowRes}
         several = {"class_label": LabelCondition, "pooled_text": TextCondition, "text": SequenceCondition}
-        several |= {"low_res": LowResCondition, "size": SizeCondition}
+        several |= {"low_res": LowResCondition, "size": SizeCondition, "inpaint": InpaintCondition}
         made = {}
         for part in parts:
-            arguments = self._arguments(part, reads) | (dropout if part not in ("low_res", "size") else {})
+            undropped = ("low_res", "size", "inpaint")
+            arguments = self._arguments(part, reads) | (dropout if part not in undropped else {})
             if len(parts) == 1 and part in single:
                 return single[part](kind=part, **arguments)
             made[part] = several[part](**arguments)
@@ -171,6 +180,8 @@ class _Pipeline:
         """The settings of one condition that the pipeline decides."""
         if part == "size":
             return {}
+        if part == "inpaint":
+            return vars(self.cfg.conditioning.inpaint or InpaintCondition())
         if part == "low_res":
             factor, rest = divmod(self.cfg.data.resolution, side := self.index["low_res_side"])
             if rest or factor < 2:

@@ -38,9 +38,9 @@ def added_embedding_for(parts: Parts) -> int | None:
     return (parts["pooled_text"].width if "pooled_text" in parts else 0) + TIME_IDS * TIME_ID_WIDTH
 
 
-def low_res_channels(parts: Parts) -> int:
+def further_channels(parts: Parts) -> int:
     """The channels that follow those of x_t."""
-    return parts["low_res"].channels if "low_res" in parts else 0
+    return sum(parts[kind].channels for kind in ("low_res", "inpaint") if kind in parts)
 
 
 def refuse_for_unet2d(parts: Parts) -> None:
@@ -77,17 +77,18 @@ def fix_classes(unet: UNet, label: ClassLabel, *, pretrained: bool = False) -> N
 def check_channels(unet: UNet, space: Space, parts: Parts, factor: int) -> None:
     """Raise ConfigError unless the channels of a pretrained UNet fit.
 
-    One that lacks the channels of the small image gets them with weights of zero: at first it computes what it did.
+    One that lacks the channels of the small image or of inpainting gets them with weights of zero: at first it computes
+    what it did.
     """
-    extra = low_res_channels(parts)
+    extra = further_channels(parts)
     if extra and unet.config.in_channels == space.channels:
         _widen(unet, extra)
     if unet.config.in_channels != space.channels + extra:
-        beside = f" and the small image {extra}" if extra else ""
+        beside = f" and the conditions {extra} more" if extra else ""
         raise ConfigError(
             f"the pretrained UNet has in_channels {unet.config.in_channels}, x0 has {space.channels} channels{beside}: "
             "set space and data.channels to what it was trained on, and conditioning.kind to low_res if that is a "
-            "model for super-resolution"
+            "model for super-resolution, to auto or several with inpaint if it is one for inpainting"
         )
     if unet.config.out_channels != space.channels * factor:
         raise ConfigError(

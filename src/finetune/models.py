@@ -25,7 +25,7 @@ from finetune.model_fit import (
     check_conditions,
     class_embedding_for,
     fix_classes,
-    low_res_channels,
+    further_channels,
     refuse_for_unet2d,
 )
 from finetune.pretrained import load_model_config, load_pretrained
@@ -33,7 +33,7 @@ from finetune.seeding import key
 from finetune.space import Space
 
 UNet = UNet2DModel | UNet2DConditionModel
-OURS = frozenset({"text_embeds", "time_ids", "low_res"})
+OURS = frozenset({"text_embeds", "time_ids", "low_res", "inpaint"})
 """Names in a Condition that are no arguments of a UNet."""
 
 
@@ -42,7 +42,8 @@ def bind(unet: torch.nn.Module, condition: Condition) -> Callable[[Tensor, Tenso
 
     A UNet2DConditionModel without cross-attention still asks for encoder_hidden_states: it gets None. text_embeds and
     time_ids are SDXL's added_cond_kwargs; of one alone, the other is empty (text_embeds) or zeros (time_ids, which
-    diffusers cannot leave out). low_res is enlarged bilinearly and follows the channels of x_t.
+    diffusers cannot leave out). low_res is enlarged bilinearly and follows the channels of x_t; so
+    does inpaint, as it is.
     """
     bare = unet if isinstance(unet, UNet) else extract_model_from_parallel(unet)
     set_heads(bare)  # here, where every use passes, because from_pretrained does not know of them
@@ -54,7 +55,9 @@ def bind(unet: torch.nn.Module, condition: Condition) -> Callable[[Tensor, Tenso
         given = next(iter(added.values()))
         empty = {"text_embeds": given.new_zeros(len(given), 0), "time_ids": given.new_zeros(len(given), TIME_IDS)}
         arguments["added_cond_kwargs"] = empty | added
-    low_res = condition.get("low_res")
+    low_res, inpaint = condition.get("low_res"), condition.get("inpaint")
+    if inpaint is not None:
+        return lambda x_t, timestep: unet(torch.cat([x_t, inpaint.to(x_t)], dim=1), timestep, **arguments).sample
     if low_res is None:
         return lambda x_t, timestep: unet(x_t, timestep, **arguments).sample
 
@@ -138,7 +141,7 @@ def build_unet(cfg: TrainConfig, space: Space, conditioner: Conditioner, *, seed
     _check_blocks(cfg.model, conditioner)
     _check_side(len(cfg.model.block_out_channels), space)
     arguments = _condition_arguments(cfg.model, conditioner)
-    arguments |= {"sample_size": space.size, "in_channels": space.channels + low_res_channels(conditioner.parts)}
+    arguments |= {"sample_size": space.size, "in_channels": space.channels + further_channels(conditioner.parts)}
     arguments["out_channels"] = space.channels * cfg.objective.out_channels_factor
     arguments |= _shape_arguments(cfg.model)
     with torch.random.fork_rng(devices=[]):

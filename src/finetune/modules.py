@@ -132,7 +132,7 @@ def build_modules(
     ConfigError if one cannot be loaded or does not fit the others.
     """
     space = build_space(cfg, device)
-    conditioner = build_conditioner(cfg, data.class_names, device)
+    conditioner = build_conditioner(cfg, data.class_names, device, space=space)
     clip = cfg.space.kind == "pixel"
     objective = objective or build_objective(cfg.objective, clip_sample=clip, global_batch=global_batch, trust=trust)
     objective.to(device)

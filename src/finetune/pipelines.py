@@ -13,6 +13,7 @@ from diffusers import (
     DDPMPipeline,
     DiffusionPipeline,
     SchedulerMixin,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -257,11 +258,16 @@ def build_pipeline(
             return DDIMPipeline(unet, sampler)
     if stock and _is_stable_diffusion(unet, space, conditioner) and stable_diffusion_steps_so(sampler, cfg):
         modules = {"vae": space.vae, "unet": unet, "scheduler": sampler, **text}
+        checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         if conditioner.kind == "text":
-            checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
             return StableDiffusionPipeline(**modules, **checker)
+        if conditioner.kind == "text+inpaint":
+            return StableDiffusionInpaintPipeline(**modules, **checker)
         zeros = conditioner.parts["text"].null == "zero"
         return StableDiffusionXLPipeline(**modules, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    if "inpaint" in conditioner.parts:
+        raise ConfigError("inpainting is sampled by diffusers' StableDiffusionInpaintPipeline alone, which has no "
+                          "clip_skip, no guidance below 1 and no further options of guidance: remove them")  # fmt: skip
     if guide is None and cfg.sample.autoguidance is not None:
         guide = load_guide(cfg.sample.autoguidance, unet, scheduler)
     pipeline = UNetPipeline(
@@ -295,14 +301,14 @@ def _is_unconditional(unet: UNet, space: Space, conditioner: Conditioner) -> boo
 
 
 def _is_stable_diffusion(unet: UNet, space: Space, conditioner: Conditioner) -> bool:
-    """Whether StableDiffusionPipeline or StableDiffusionXLPipeline would sample what was trained.
+    """Whether StableDiffusionPipeline, or the one for XL or inpainting, would sample what was trained.
 
     They have no shift, want sides divisible by 8, and guide from an unconditional case that leaves out no layers.
     """
     if not (isinstance(unet, UNet2DConditionModel) and isinstance(space, LatentSpace) and "text" in conditioner.parts):
         return False
     text, parts = conditioner.parts["text"], conditioner.parts
-    plain = conditioner.kind == "text" and text.null == "empty_prompt"
+    plain = conditioner.kind in ("text", "text+inpaint") and text.null == "empty_prompt"
     xl = isinstance(text, TwoTexts) and parts.keys() == {"pooled_text", "text", "size"} and not parts["size"].dropout
     if not (plain or xl) or text.clip_skip or text.chunks > 1:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,8 +41,11 @@ def draw_samples(trainer: Trainer, *, again: bool) -> None:
             contextlib.suppress(Interrupted),
             accelerator.interrupting(),
         ):
-            if "low_res" in trainer.modules.conditioner.parts:
-                shown = first_batch(trainer.data, cfg.sample.num_images)
+            parts = trainer.modules.conditioner.parts
+            if {"low_res", "inpaint"} & parts.keys():
+                squares = dataclasses.replace(trainer.data, buckets=None)
+                batch = first_batch(squares, cfg.sample.num_images)
+                shown = sample.Shown(batch=batch, inpaint=parts.get("inpaint"))
             share = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
             if accelerator.shards:  # of what the weights are spread over, each has to take part in every evaluation
                 share = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from finetune.batching import Batch
+    from finetune.conditions import Inpaint
     from finetune.config import TrainConfig
 
 FURTHER = ("respacing", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "guidance_rescale", "guidance_interval")
@@ -34,6 +36,7 @@ def generate(
     prompts: Sequence[str] | None = None,
     class_labels: Sequence[int] | None = None,
     images: Sequence[Image] | Tensor | None = None,
+    masks: Tensor | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
@@ -45,16 +48,19 @@ def generate(
 
     Image i takes all its noise from a CPU generator seeded with seed + i, so it does not depend on batch_size, on the
     other images or on the device, and torch's global random state is not touched. Prompts, class labels and images (the
-    small ones of super-resolution: PIL, or [n, C, H, W] in [0, 1]) are repeated to fill num_images; without labels, a
-    class-conditional pipeline draws each class in turn. num_inference_steps, guidance_scale: unset for the pipeline's
-    own. further: those of FURTHER, for a UNetPipeline. Of several processes each draws, and gets, every so many of the
-    batches. Raises ConfigError for what the pipeline cannot take.
+    small ones of super-resolution: PIL, or [n, C, H, W] in [0, 1]; or, with masks [n, 1, H, W], those to be painted in)
+    are repeated to fill num_images; without labels, a class-conditional pipeline draws each class in turn.
+    num_inference_steps, guidance_scale: unset for the pipeline's own. further: those of FURTHER, for a UNetPipeline. Of
+    several processes each draws, and gets, every so many of the batches. Raises ConfigError for what the pipeline
+    cannot take.
     """
     import torch
 
     if num_images < 1:
         raise ConfigError(f"num_images must be at least 1, got {num_images}")
     wanted = wanted_conditions(pipeline, num_images, prompts=prompts, class_labels=class_labels, images=images)
+    if masks is not None:
+        wanted["mask_image"] = list(masks)
     options = _options(pipeline, num_inference_steps, guidance_scale, further)
     batch_size = batch_size or batch_for(pipeline)
     drawn: list[Image] = []
@@ -81,7 +87,7 @@ def wanted_conditions(
         raise ConfigError(f"this pipeline takes no prompts (conditioning {kind}): leave them out")
     if class_labels and "class_label" not in kinds:
         raise ConfigError(f"this pipeline takes no class labels (conditioning {kind}): leave them out")
-    if images is not None and "low_res" not in kinds:
+    if images is not None and not kinds & {"low_res", "inpaint"}:
         raise ConfigError(f"this pipeline takes no images (conditioning {kind}): leave them out")
     given: dict[str, list] = {}
     if "class_label" in kinds:
@@ -90,10 +96,10 @@ def wanted_conditions(
         given["prompt"] = list(prompts or ())
         if not prompts:
             raise ConfigError("this pipeline draws from text: give at least one prompt")
-    if "low_res" in kinds:
+    if kinds & {"low_res", "inpaint"}:
         given["image"] = [] if images is None else list(images)
         if not given["image"]:
-            raise ConfigError("this pipeline enlarges images: give at least one")
+            raise ConfigError("this pipeline starts from images: give at least one")
     return {name: [values[i % len(values)] for i in range(num_images)] for name, values in given.items()}
 
 
@@ -111,7 +117,7 @@ def conditioning_of(pipeline: DiffusionPipeline) -> str:
     if name == "UNetPipeline":
         return pipeline.config.conditioning
     kinds = {"DDPMPipeline": "none", "DDIMPipeline": "none", "StableDiffusionPipeline": "text"}
-    kinds["StableDiffusionXLPipeline"] = "pooled_text+text+size"
+    kinds |= {"StableDiffusionXLPipeline": "pooled_text+text+size", "StableDiffusionInpaintPipeline": "text+inpaint"}
     if name not in kinds:
         raise ConfigError(f"cannot draw from a {name}: it must be a UNetPipeline or one of {', '.join(kinds)}")
     return kinds[name]
@@ -156,14 +162,32 @@ def _options(
     return options
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """Training samples that a run's pictures begin from: enlarged by their own captions and classes or, with `inpaint`,
+    painted anew in their middle."""
+
+    batch: Batch
+    inpaint: Inpaint | None
+
+    @property
+    def masks(self) -> Tensor | None:
+        """[n, 1, H, W], 1 where is painted."""
+        pixels = self.batch.pixel_values
+        return self.inpaint.masks(len(pixels), pixels.shape[-2:]) if self.inpaint else None
+
+    def given(self, pipeline: DiffusionPipeline) -> Tensor:
+        """What the pictures are drawn from, as it is shown beside them: [n, C, h, w] in [-1, 1]."""
+        return small_of(pipeline, self.batch) if self.inpaint is None else self.batch.pixel_values * (self.masks < 0.5)
+
+
 def draw(
-    pipeline: DiffusionPipeline, cfg: TrainConfig, shown: Batch | None = None, *, rank: int = 0, processes: int = 1
+    pipeline: DiffusionPipeline, cfg: TrainConfig, shown: Shown | None = None, *, rank: int = 0, processes: int = 1
 ) -> dict[int, Image]:
     """The images that cfg.sample asks for, by their number from 0; of several processes, the share of one.
 
     Shares are whole batches: an image comes out bit for bit alike however many processes there are. pipeline: that of
-    build_pipeline for this cfg. shown: of super-resolution, training samples to enlarge by their own captions and
-    classes.
+    build_pipeline for this cfg. shown: what super-resolution and inpainting begin from.
     """
     ours = type(pipeline).__name__ == "UNetPipeline"  # which has the settings itself
     n, batch_size = number_of(cfg, shown), batch_for(pipeline)
@@ -177,37 +201,39 @@ def draw(
         rank=rank,
         processes=processes,
         **_asked(pipeline, cfg, shown),
+        **({"masks": shown.masks} if shown and shown.inpaint else {}),
     )
     return dict(zip((i for i in range(n) if i // batch_size % processes == rank), images, strict=True))
 
 
-def number_of(cfg: TrainConfig, shown: Batch | None = None) -> int:
+def number_of(cfg: TrainConfig, shown: Shown | None = None) -> int:
     """How many images `draw` draws."""
-    return cfg.sample.num_images if shown is None else len(shown)
+    return cfg.sample.num_images if shown is None else len(shown.batch)
 
 
-def _asked(pipeline: DiffusionPipeline, cfg: TrainConfig, shown: Batch | None) -> dict[str, Any]:
+def _asked(pipeline: DiffusionPipeline, cfg: TrainConfig, shown: Shown | None) -> dict[str, Any]:
     """The conditions of a run's pictures, as `generate` takes them."""
     if shown is None:
         return {"prompts": cfg.sample.prompts, "class_labels": cfg.sample.class_labels}
-    labels = None if shown.class_labels is None else shown.class_labels.tolist()
-    small = (small_of(pipeline, shown) / 2 + 0.5).clamp(0, 1)
-    return {"prompts": shown.captions, "class_labels": labels, "images": small}
+    batch = shown.batch
+    labels = None if batch.class_labels is None else batch.class_labels.tolist()
+    images = batch.pixel_values if shown.inpaint else small_of(pipeline, batch)
+    return {"prompts": batch.captions, "class_labels": labels, "images": (images / 2 + 0.5).clamp(0, 1)}
 
 
 def write_grid(
-    pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, images: Sequence[Image], shown: Batch | None = None
+    pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, images: Sequence[Image], shown: Shown | None = None
 ) -> None:
     """Write all images of `draw` to `path` as one labelled grid.
 
-    With `shown`, each is small image, drawn image and truth, side by side.
+    With `shown`, each is what it began from, drawn image and truth, side by side.
     """
     labels = captions_of(pipeline, wanted_conditions(pipeline, len(images), **_asked(pipeline, cfg, shown)))
     columns = columns_for(labels)
     if shown is not None:
-        small, columns = small_of(pipeline, shown), 6
-        images = triples(small, images, shown.pixel_values)
-        labels = [text for label in labels or [""] * len(small) for text in ("small", label or "drawn", "truth")]
+        given, columns = shown.given(pipeline), 6
+        images, first = triples(given, images, shown.batch.pixel_values), "masked" if shown.inpaint else "small"
+        labels = [text for label in labels or [""] * len(given) for text in (first, label or "drawn", "truth")]
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(images, labels, columns=columns).save(path.with_suffix(".tmp"), format="PNG")
     path.with_suffix(".tmp").replace(path)  # a picture that is there is whole
