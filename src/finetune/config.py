@@ -24,6 +24,7 @@ from finetune.config_choices import (
     unet2d_contradictions,
 )
 from finetune.config_data import Data
+from finetune.config_export import Export, export_contradictions
 from finetune.config_objective import DDPM, Objective
 from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
@@ -227,6 +228,7 @@ class TrainConfig:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
     sample: Sample = Field(default_factory=Sample)
+    export: Export = Field(default_factory=Export)
     hub: Hub = Field(default_factory=Hub)
 
     def __post_init__(self) -> None:
@@ -268,6 +270,7 @@ class TrainConfig:
                 "variance.kind fixed_small or fixed_large with vb_loss none"
             )
         yield from contradictions(self.sample, objective)
+        yield from export_contradictions(self.export, lora=False)
 
     @property
     def sampler(self) -> str:

@@ -70,6 +70,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("checkpoint.*", "free"),
     ("tracking.*", "free"),
     ("sample.*", "free"),
+    ("export.*", "free"),
     ("hub.*", "free"),
     ("output_dir", "free"),
     ("resume_from_checkpoint", "free"),

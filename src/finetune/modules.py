@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finetune.autoguidance import load_guide
 from finetune.conditioning import Conditioner, build_conditioner
+from finetune.lora_formats import adapters_of, kohya_names_of
 from finetune.models import UNet, build_unet
 from finetune.objective import Objective, build_objective
 from finetune.space import Space, build_space
@@ -90,6 +91,8 @@ def build_modules(
     unet = build_unet(cfg, space, conditioner, seed=cfg.seed).to(device)
     weaker = cfg.sample.autoguidance
     guide = None if weaker is None else load_guide(weaker, unet, objective.scheduler)
+    if cfg.export.kohya:  # now, and not when the training is over
+        kohya_names_of(adapters_of({"unet": unet}), {"unet": unet})
     if cfg.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if cfg.train.channels_last:
