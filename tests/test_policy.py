@@ -23,7 +23,7 @@ LAYERS = [
     {"objective"},
     {"checkpoint", "retention"},
     {"provenance", "lock", "optimization", "pretrained", "folder", "metadata", "images", "iddpm_unet"},
-    {"lora_names", "lora_formats"},
+    {"lora_names", "lora_formats", "lora_loading"},
     {"ema", "grids", "small_images"},
     {"order", "shards", "rows", "sources", "datacheck", "data"},
     {"batching", "meter", "tracking"},

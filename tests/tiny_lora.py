@@ -1,7 +1,5 @@
 """Tiny UNets and text encoders in the layouts of SD 1.5, SD 2.1 and SDXL, with adapters of peft that change them."""
 
-from functools import cache
-
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
@@ -24,7 +22,7 @@ LAYOUTS = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "attention_head_dim": (1, 2, 2),
-        "transformer_layers_per_block": (1, 2, 3),
+        "transformer_layers_per_block": (1, 1, 2),
         "use_linear_projection": True,
         "cross_attention_dim": 16,
         "addition_embed_type": "text_time",
@@ -66,7 +64,7 @@ def adapted(layout: str, *, target=ATTENTION, text=True, seed=1, **settings) -> 
         for part, module in modules.items():
             if part == "unet" or text:
                 targets = layers_of(module) if (part, target) == ("unet", "all") else target if part == "unet" else TEXT
-                inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, **settings), module)
+                inject_adapter_in_model(LoraConfig(target_modules=targets, **{"r": 2, **settings}), module)
                 disturb(module)
     return modules
 
@@ -78,12 +76,6 @@ def disturb(module: torch.nn.Module) -> None:
             torch.nn.init.normal_(matrix.weight, std=0.3)
         for length in layer.lora_magnitude_vector.values():
             length.weight.data *= 1 + 0.3 * torch.rand_like(length.weight)
-
-
-@cache
-def pipeline_class(layout: str) -> type:
-    """The pipeline of diffusers whose loader is the oracle."""
-    return StableDiffusionXLPipeline if layout == "sdxl" else StableDiffusionPipeline
 
 
 def pipeline(layout: str):

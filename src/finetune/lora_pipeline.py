@@ -15,7 +15,8 @@ from finetune.config import TrainConfig
 from finetune.config_export import LORA_FILE
 from finetune.config_io import load_text
 from finetune.errors import ConfigError
-from finetune.lora_formats import PARTS, inject, read_adapters
+from finetune.lora_formats import PARTS, read_adapters
+from finetune.lora_loading import inject
 from finetune.models import build_unet
 from finetune.objective import build_objective, without_own_code
 from finetune.pipelines import build_pipeline

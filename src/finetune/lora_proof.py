@@ -1,6 +1,6 @@
 """Proof that a LoRA file is the LoRA that was trained: a process of its own loads base and file, and both are compared.
 
-`python -m finetune.lora_proof` is that process: it reads a request from stdin and leaves a safetensors file for each LoRA
+`python -m finetune.lora_proof` is that process: it reads a request from stdin and leaves a safetensors file for each
 file: what diffusers (or, where diffusers has no loader, this package) made of it, and what the model then computes.
 """
 
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from finetune.config import TrainConfig
 from finetune.config_io import dump, load_text
 from finetune.errors import ConfigError, FinetuneError
-from finetune.lora_formats import NAME, adapters_of, inject, read_adapters
+from finetune.lora_formats import NAME, adapters_of, read_adapters
+from finetune.lora_loading import inject
 from finetune.lora_names import check_kohya, has_cross_attention, is_sdxl
 from finetune.lora_pipeline import adaptable, base_pipeline
 from finetune.model_fit import TIME_IDS
@@ -161,7 +162,7 @@ def _compare(name: str, expected: Mapping[str, Tensor], found: Mapping[str, Tens
 def _differs(name: str, difference: str) -> FinetuneError:
     return FinetuneError(
         f"{name} does not load as the LoRA that was trained: {difference}. It is not kept; the checkpoint is. Check "
-        "the disk, the versions of diffusers, transformers and peft, and that the base model is what it was at the start."
+        "the disk, the versions of diffusers, transformers and peft, and that the base model is what it was."
     )
 
 

@@ -84,7 +84,8 @@ def _merge(modules: Mapping[str, nn.Module], path: Path, scale: float) -> tuple[
     """Merge in place; the number of the LoRA's tensors, and what the modules compute with the LoRA beside them."""
     from peft.tuners.lora import LoraLayer
 
-    from finetune.lora_formats import inject, read_adapters
+    from finetune.lora_formats import read_adapters
+    from finetune.lora_loading import inject
     from finetune.lora_proof import probe
 
     adapters = read_adapters(path, modules)
