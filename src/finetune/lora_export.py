@@ -15,7 +15,7 @@ from finetune.card import LoraWords, code, fenced, model_card
 from finetune.config import TrainConfig
 from finetune.config_export import LORA_FILE
 from finetune.export import check_finite, replacing, write_record
-from finetune.lora_formats import Adapter, adapters_of, write_diffusers, write_kohya
+from finetune.lora_formats import Adapter, adapters_of, kohya_names_of, write_diffusers, write_kohya
 from finetune.lora_metadata import kohya_metadata, tag_frequency
 from finetune.lora_pipeline import adaptable
 from finetune.lora_proof import diffusers_loads, prove
@@ -50,6 +50,8 @@ def export_lora(
     check_finite(pipeline)
     modules = adaptable(pipeline)
     adapters = adapters_of(modules)
+    if kohya:
+        kohya_names_of(adapters, modules)
     name = re.sub(r"[^\w.-]", "_", published_config(cfg).output_dir)
     by_diffusers = {LORA_FILE: diffusers_loads(pipeline.unet)}
     with replacing(output_dir) as folder:
