@@ -119,7 +119,7 @@ def test_truncated_captions_are_counted_and_warned_of_once(parts, caplog):  # no
 def test_the_encoder_is_frozen_and_knows_no_autocast(parts):  # noqa: F811
     conditioner = text(parts)
     assert not conditioner.text_encoder.training
-    assert not any(p.requires_grad for p in conditioner.text_encoder.parameters())
+    assert not conditioner.condition(TEXTS)["encoder_hidden_states"].requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         low = conditioner.condition(["red"])["encoder_hidden_states"]
     assert torch.equal(low, text(parts).condition(["red"])["encoder_hidden_states"]) and low.dtype == torch.float32

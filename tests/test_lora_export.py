@@ -14,16 +14,22 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 
 import finetune.lora_proof as proof
+import tiny
 from finetune import cli, hub
 from finetune.config import TrainConfig
 from finetune.config_io import dump, load_text
 from finetune.errors import ConfigError, FinetuneError, NonFiniteError
 from finetune.lora_export import export_lora
+from finetune.lora_formats import adapters_of, write_diffusers
 from finetune.lora_metadata import tag_frequency
 from finetune.lora_pipeline import adaptable, base_pipeline
 from finetune.pretrained import lora_file
 from finetune.provenance import published_config, run_facts
+from finetune.run import train
 from finetune.sample import load_pipeline
+from finetune.trainer import Trainer
+from forked import log
+from forked import run as run_forked
 from tiny_lora import SD, disturb
 from tiny_models import PROMPTS, UNET2D, make_parts
 
@@ -193,8 +199,6 @@ def run_modules(run):
 
 def test_merging_half_of_it_into_a_unet_folder(model, tmp_path):
     run = Run(config(model, tmp_path / "run"), text=False, target=["to_q"], use_dora=True)
-    from finetune.lora_formats import adapters_of, write_diffusers
-
     write_diffusers(adapters_of(run_modules(run)), tmp_path / "lora.safetensors")
     command = ["merge", str(tmp_path / "lora.safetensors"), "--base", str(model / "unet"), "--out"]
     outputs = {}
@@ -262,19 +266,38 @@ def test_the_proof_sees_what_differs(run):
             proof._compare("file", expected, expected | change)
 
 
-def test_a_unet_without_a_loader_in_diffusers(tmp_path):
-    """A UNet2DModel: proved, sampled and merged by this package, and the card says so."""
+def test_a_whole_run_of_a_unet_without_a_loader_in_diffusers(tmp_path):
+    """A UNet2DModel: trained, proved, sampled by this package, and the card says so; a second run goes on from it."""
     shape = {name: value for name, value in UNET2D.items() if name != "kind"}
-    UNet2DModel(sample_size=16, **shape).save_pretrained(tmp_path / "base" / "unet")
-    cfg = config(tmp_path / "base", tmp_path / "run", data={"resolution": 16}, space={"kind": "pixel"},
-                 conditioning={"kind": "none"}, sample={"num_inference_steps": 2})  # fmt: skip
-    run = Run(cfg, target=["to_q", "conv1"])
-    folder = run.export()
-    assert "finetune merge pytorch_lora_weights.safetensors --base 'base'" in (folder / "README.md").read_text()
-    again = proof.probe(adaptable(load_pipeline(str(folder))))
-    assert torch.equal(again["unet"], proof.probe(run_modules(run))["unet"])
-    with pytest.raises(ConfigError, match="this UNet2DModel is none of them"):
-        run.export(kohya=True)
+    UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **shape).save_pretrained(tmp_path / "base" / "unet")
+    cfg = tiny.config(tmp_path / "run", lora={"rank": 2, "alpha": 3, "target": "all"}, data={"channels": 1},
+                      conditioning={"kind": "none"}, train={"max_train_steps": 2})  # fmt: skip
+    values = TypeAdapter(TrainConfig).dump_python(cfg)
+    values["model"] = {"kind": "pretrained", "pretrained_model_name_or_path": str(tmp_path / "base")}
+    cfg = TypeAdapter(TrainConfig).validate_python(values)
+
+    def body(cfg):
+        train(cfg)
+
+    assert run_forked(cfg, body=body) == [0], log(cfg)
+    folder = tmp_path / "run" / "pipeline"
+    count = re.search(r"weights.safetensors: loaded in a fresh process, (\d+) of \1 tensors matched", log(cfg))
+    card = (folder / "README.md").read_text()
+    assert count and "finetune merge pytorch_lora_weights.safetensors --base 'base'" in card
+    with safe_open(folder / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert len(stored) == int(count[1])
+    pipeline = load_pipeline(str(tmp_path / "run"))
+    drawn = adapters_of(adaptable(pipeline))["unet"].tensors
+    assert all(torch.equal(stored[f"unet.{key}"], tensor) for key, tensor in drawn.items())
+
+    values["lora"]["pretrained"], values["output_dir"] = str(tmp_path / "run"), str(tmp_path / "second")
+    second = Trainer(TypeAdapter(TrainConfig).validate_python(values))
+    begun = adapters_of({"unet": second.modules.unet})["unet"].tensors
+    assert all(torch.equal(stored[f"unet.{key}"], tensor) for key, tensor in begun.items())
+    values["export"] = {"kohya": True}
+    with pytest.raises(ConfigError, match="this UNet2DModel is none of them"):  # before a step is made
+        Trainer(TypeAdapter(TrainConfig).validate_python(values))
 
 
 def test_kohya_needs_a_lora(model, tmp_path):

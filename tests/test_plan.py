@@ -65,12 +65,12 @@ def test_projected_size_is_the_size_that_is_written(trainer):
     trainer.save(required=True)
     [folder] = (trainer.output_dir / "checkpoints").glob("step-*")
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
-    projected = float(re.search(r"2 x ([\d.,]+) MB", checkpoints_line(trainer.modules.unet, trainer.cfg))[1])
+    projected = float(re.search(r"2 x ([\d.,]+) MB", checkpoints_line(trainer.modules, trainer.cfg))[1])
     assert projected == pytest.approx(written, rel=0.15)  # headers are a tenth of files this small
 
 
 def test_averages_by_relative_width_and_their_snapshots(trainer, tmp_path):
-    assert snapshots_line(trainer.modules.unet, trainer.cfg, 9) == ""
+    assert snapshots_line(trainer.modules, trainer.cfg, 9) == ""
     ema = {"ema_max_decay": [], "relative_widths": [0.05, 0.1], "snapshot_every": 4}
     cfg = config(tmp_path, ema=ema)
     assert averages_line(cfg) == "relative width 0.05, 0.1; samples and export use the first"
@@ -78,7 +78,7 @@ def test_averages_by_relative_width_and_their_snapshots(trainer, tmp_path):
     assert averages_line(both).startswith("decay 0.9 (power warm-up), relative width 0.05")
     size = 2 * 4 * sum(p.numel() for p in trainer.modules.unet.parameters()) / 1e6
     expected = f"of the averages every 4 steps, all kept: 3 x {size:.1f} MB"
-    assert snapshots_line(trainer.modules.unet, cfg, 9) == expected
+    assert snapshots_line(trainer.modules, cfg, 9) == expected
 
 
 def test_data_and_classes(tmp_path):

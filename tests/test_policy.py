@@ -16,7 +16,8 @@ IDS = [path.relative_to(ROOT / "src" / "finetune").as_posix() for path in SOURCE
 # From the bottom to the top: a module imports from its own line and the lines before it.
 LAYERS = [
     {"redaction", "errors", "config_types", "hub_worker", "own_code", "frechet", "data_changes"},
-    {"config_choices", "config_data", "config_export", "config_levels", "config_objective", "config_sample"},
+    {"config_choices", "config_data", "config_levels", "config_objective", "config_sample", "config_lora"},
+    {"config_export"},
     {"hub", "signals", "seeding", "durable", "watchdog"},
     {"config"},
     {"config_tree", "config_yaml", "config_flags", "config_words", "config_options", "config_launch", "config_io"},
@@ -30,7 +31,7 @@ LAYERS = [
     {"processes", "identity"},
     {"space", "conditions", "text_conditions", "conditioning", "model_fit"},
     {"models"},
-    {"importers"},
+    {"importers", "lora"},
     {"samplers", "schedulers", "guidance", "autoguidance"},
     {"modules"},
     {"training_state"},

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from finetune import checkpoint
+from finetune.conditioning import Unconditional
 from finetune.errors import CheckpointError
 from finetune.modules import Modules
 from finetune.training_state import TrainingState, load_optimizer, optimizer_tensors
@@ -48,7 +49,7 @@ def training_state(width=4, bias=True, value=0.0):
     unet(torch.ones(5, 3)).square().sum().backward()
     optimizer.step()
     objective = SimpleNamespace(parameters=dict, state_dict=dict)
-    modules = Modules(space=None, conditioner=None, objective=objective, unet=unet)
+    modules = Modules(space=None, conditioner=Unconditional(), objective=objective, unet=unet)
     return TrainingState(modules, optimizer, ema=None, scaler=None)
 
 

@@ -11,7 +11,9 @@ from diffusers import DDPMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2
 
 from finetune import checkpoint
 from finetune.config_io import load_text
+from finetune.ema import by_module
 from finetune.errors import CheckpointError, ConfigError
+from finetune.lora import load_trained_state
 from finetune.models import UNet
 from finetune.objective import build_objective, without_own_code
 from finetune.pretrained import commit_of, load_model_config, load_pretrained, resolve_source
@@ -67,10 +69,10 @@ def _of_checkpoint(path: Path, unet: UNet) -> UNet:
     weights = found.tensors("model")
     averages = [part.stem for part in path.glob("ema_*.safetensors")]
     if averages:
-        weights |= found.tensors(max(averages, key=lambda part: float(part.rpartition("_")[2])))
+        weights |= by_module(found.tensors(max(averages, key=lambda part: float(part.rpartition("_")[2]))))["model"]
     guide = copy.deepcopy(unet)
     try:
-        guide.load_state_dict(weights)
+        load_trained_state(guide, weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"autoguidance: {path} is a checkpoint of another UNet: {reason}") from error

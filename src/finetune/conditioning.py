@@ -17,6 +17,8 @@ from finetune.pretrained import load_pretrained, load_tokenizer
 from finetune.text_conditions import PooledText, Text, TextSequence
 
 if TYPE_CHECKING:
+    from transformers import CLIPTextModel
+
     from finetune.batching import Batch
     from finetune.config import TrainConfig
     from finetune.seeding import PositionRandom
@@ -84,8 +86,12 @@ class Several:
         """
         self.parts, self.dropout_draws = dict(parts), dropout_draws
         self.kind = "+".join(parts)
-        encoders = {id(part.text_encoder): part for part in parts.values() if isinstance(part, Text)}
-        self.parameters_frozen = sum(part.parameters_frozen for part in encoders.values())
+
+    @property
+    def parameters_frozen(self) -> int:
+        """Of the text encoders, one that several read being counted once."""
+        encoders = {id(part.text_encoder): part for part in self.parts.values() if isinstance(part, Text)}
+        return sum(part.parameters_frozen for part in encoders.values())
 
     def __call__(self, batch: Batch, random: PositionRandom) -> Condition:
         """The conditions of a training batch, dropped for shares of the samples chosen by position in the run."""
@@ -138,6 +144,12 @@ def assembled(parts: Mapping[str, Single], *, dropout_draws: str = "joint") -> C
     if len(ordered) < 2:
         return next(iter(ordered.values()), Unconditional())
     return Several(ordered, dropout_draws=dropout_draws)
+
+
+def text_encoders(conditioner: Conditioner) -> dict[str, CLIPTextModel]:
+    """The text encoders by the names that a pipeline gives them; the pooled text's own comes second."""
+    found = [conditioner.parts[kind].text_encoder for kind in ("text", "pooled_text") if kind in conditioner.parts]
+    return dict(zip(("text_encoder", "text_encoder_2"), dict.fromkeys(found), strict=False))
 
 
 def build_conditioner(
@@ -212,4 +224,4 @@ def _text_modules(section: Part, setting: str, device: Any) -> tuple[Any, Any]:
         revision=section.revision,
         subfolder=section.text_encoder_subfolder,
     )
-    return text_encoder.to(device), tokenizer
+    return text_encoder.requires_grad_(False).to(device), tokenizer

@@ -25,6 +25,7 @@ from finetune.config_choices import (
 )
 from finetune.config_data import Data
 from finetune.config_export import Export, export_contradictions
+from finetune.config_lora import Lora, lora_contradictions
 from finetune.config_objective import DDPM, Objective
 from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
@@ -55,6 +56,8 @@ class Train:
     each thread stands. Checking data, drawing and saving take what they need."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    train_text_encoder: bool = False
+    """Train the text encoder too: all of it or, with the section lora, a LoRA on its attention."""
     channels_last: bool = False
     """Memory format of the UNet: faster on GPUs with tensor cores, not on CPUs."""
     compile: bool = False
@@ -78,6 +81,8 @@ class Optimizer:
 
     learning_rate: Positive = 1e-4
     """Peak learning rate."""
+    text_encoder_lr: Positive | None = None
+    """Peak learning rate of the text encoder; unset: learning_rate."""
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = "cosine"
@@ -221,6 +226,7 @@ class TrainConfig:
     space: Space = Field(default_factory=PixelSpace)
     conditioning: Conditioning = Field(default_factory=Unconditional)
     model: Model = Field(default_factory=UNet2D)
+    lora: Lora | None = None
     objective: Objective = Field(default_factory=DDPM)
     train: Train = Field(default_factory=Train)
     optimizer: Optimizer = Field(default_factory=Optimizer)
@@ -270,7 +276,8 @@ class TrainConfig:
                 "variance.kind fixed_small or fixed_large with vb_loss none"
             )
         yield from contradictions(self.sample, objective)
-        yield from export_contradictions(self.export, lora=False)
+        yield from export_contradictions(self.export, lora=self.lora is not None)
+        yield from lora_contradictions(self, text=bool(text))
 
     @property
     def sampler(self) -> str:

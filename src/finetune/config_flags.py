@@ -19,6 +19,8 @@ RENAMED = {
     "validation_prompt": "sample.prompts",
     "validation_prompts": "sample.prompts",
     "validation_steps": "sample.sample_every",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
     "proportion_empty_prompts": "conditioning.condition_dropout",
     "revision": "model.revision",
     "pretrained_vae_model_name_or_path": "space.vae",
@@ -31,9 +33,9 @@ SELECTS = {
 }
 """Flags that exist in one kind only and stand for the choice of it."""
 
-_LORA = "LoRA is not offered: the whole UNet is trained"
+_LAYERS = "not offered: lora.target chooses the layers, attention by default"
 _DREAMBOOTH = "DreamBooth is not offered: give each image its caption (data.caption_column) and train on those"
-_TEXT_ENCODER = "the text encoders stay frozen: only the UNet is trained"
+_TOKENS = "new tokens are not offered: train.train_text_encoder trains the encoder with the tokens that it has"
 _VAE = "the VAE stays frozen: only the UNet is trained"
 _PRODIGY = "the optimizer is AdamW; Prodigy is not offered"
 _BIAS = "not offered: objective.levels chooses which timesteps are drawn, objective.weighting how much each counts"
@@ -51,21 +53,16 @@ REFUSED = {
     # model and adapters
     "model_config_name_or_path": "write the architecture in the model section (model.block_out_channels, ...)",
     "non_ema_revision": "use model.revision",
-    "rank": _LORA,
-    "lora_alpha": _LORA,
-    "lora_dropout": _LORA,
-    "lora_layers": _LORA,
-    "lora_unet_blocks": _LORA,
-    "use_dora": _LORA,
-    "use_blora": _LORA,
-    "train_text_encoder": _TEXT_ENCODER,
-    "train_text_encoder_ti": _TEXT_ENCODER,
-    "train_text_encoder_frac": _TEXT_ENCODER,
-    "train_text_encoder_ti_frac": _TEXT_ENCODER,
+    "lora_layers": _LAYERS,
+    "lora_unet_blocks": _LAYERS,
+    "use_blora": _LAYERS,
+    "train_text_encoder_ti": _TOKENS,
+    "train_text_encoder_frac": "not offered: train.train_text_encoder trains it to the end",
+    "train_text_encoder_ti_frac": _TOKENS,
     "train_transformer_frac": _FLUX,
-    "token_abstraction": _TEXT_ENCODER,
-    "num_new_tokens_per_abstraction": _TEXT_ENCODER,
-    "initializer_concept": _TEXT_ENCODER,
+    "token_abstraction": _TOKENS,
+    "num_new_tokens_per_abstraction": _TOKENS,
+    "initializer_concept": _TOKENS,
     "enable_t5_ti": _FLUX,
     "instance_prompt": "write the caption of each image into the data set (data.caption_column)",
     "class_prompt": _DREAMBOOTH,
@@ -96,13 +93,12 @@ REFUSED = {
     "disc_loss": _VAE,
     "debug_loss": "remove it: metrics.jsonl holds the loss of every logged step",
     # optimisation
-    "text_encoder_lr": _TEXT_ENCODER,
     "disc_learning_rate": _VAE,
     "scale_lr": "remove it, and write the learning rate of the global batch into optimizer.learning_rate",
     "disc_lr_scheduler": _VAE,
     "optimizer": "remove it: the optimizer is AdamW",
     "use_8bit_adam": "not offered: AdamW keeps its moments in float32; remove it",
-    "adam_weight_decay_text_encoder": _TEXT_ENCODER,
+    "adam_weight_decay_text_encoder": "not offered: optimizer.adam_weight_decay holds for all that is trained",
     "prodigy_beta3": _PRODIGY,
     "prodigy_decouple": _PRODIGY,
     "prodigy_use_bias_correction": _PRODIGY,

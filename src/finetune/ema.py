@@ -103,6 +103,16 @@ def drop_snapshots_after(root: Path, step: int) -> None:
     retention.sweep(root)
 
 
+def by_module(average: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of an average by the part of a checkpoint that holds their module: model, and text encoders."""
+    found: dict[str, dict[str, Tensor]] = {"model": {}}
+    for name, tensor in average.items():
+        module, _, rest = name.partition(".")
+        known = module.startswith("text_encoder")  # which the names of a UNet never do
+        found.setdefault(module if known else "model", {})[rest if known else name] = tensor
+    return found
+
+
 def parts_of(cfg: EmaConfig) -> list[str]:
     """The names of all averages in a checkpoint; the first is sampled and exported."""
     return [*(f"ema_{decay}" for decay in cfg.ema_max_decay), *map(part_of, cfg.relative_widths)]

@@ -82,7 +82,10 @@ def load_subject(
 
     from finetune.conditioning import build_conditioner
     from finetune.data import open_data
+    from finetune.ema import by_module
+    from finetune.lora import load_trained_state
     from finetune.models import build_unet
+    from finetune.modules import choose_trained, kept_modules
     from finetune.objective import build_objective, without_own_code
     from finetune.space import build_space
 
@@ -99,10 +102,12 @@ def load_subject(
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     space, conditioner = build_space(cfg, device), build_conditioner(cfg, classes, device)
     unet = build_unet(cfg, space, conditioner, seed=cfg.seed)
+    choose_trained(cfg, unet, conditioner)
     part = _part(cfg, average)
-    unet.load_state_dict(found.tensors("model"))
-    if part != "model":  # parameters that were not trained are in no average
-        unet.load_state_dict(found.tensors(part), strict=False)
+    averages = {} if part == "model" else by_module(found.tensors(part))
+    for name, module in kept_modules(unet, conditioner).items():  # what was not trained is in no average
+        load_trained_state(module, found.tensors(name) | averages.get(name, {}))
+        module.requires_grad_(False)
     facts = {
         "step": found.step,
         "weights": "of the last step" if part == "model" else part,

@@ -84,6 +84,7 @@ def _merge(modules: Mapping[str, nn.Module], path: Path, scale: float) -> tuple[
     """Merge in place; the number of the LoRA's tensors, and what the modules compute with the LoRA beside them."""
     from peft.tuners.lora import LoraLayer
 
+    from finetune.lora import merge
     from finetune.lora_formats import read_adapters
     from finetune.lora_loading import inject
     from finetune.lora_proof import probe
@@ -91,19 +92,16 @@ def _merge(modules: Mapping[str, nn.Module], path: Path, scale: float) -> tuple[
     adapters = read_adapters(path, modules)
     for part, adapter in adapters.items():
         inject(modules[part], adapter)
-    layers = [(module, name, layer) for module in modules.values() for name, layer in module.named_modules()
-              if isinstance(layer, LoraLayer)]  # fmt: skip
-    for _, _, layer in layers:
-        layer.scale_layer(scale)
+    for module in modules.values():
+        for layer in module.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scale_layer(scale)
     expected = probe(modules)
-    for module, name, layer in layers:
-        try:
-            layer.merge(safe_merge=True)
-        except ValueError as error:
-            raise FinetuneError(f"{path}: the weights of {name} would not be finite with it: {error}") from error
-        module.set_submodule(name, layer.get_base_layer())
-    for part in adapters:
-        del modules[part].peft_config
+    try:
+        for part in adapters:
+            merge(modules[part])
+    except ValueError as error:
+        raise FinetuneError(f"{path}: weights would not be finite with it: {error}") from error
     return sum(len(adapter.tensors) for adapter in adapters.values()), expected
 
 

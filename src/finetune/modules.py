@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.autoguidance import load_guide
-from finetune.conditioning import Conditioner, build_conditioner
+from finetune.conditioning import Conditioner, build_conditioner, text_encoders
+from finetune.errors import ConfigError
+from finetune.lora import add_lora, add_text_lora, load_trained_state, trained_state
 from finetune.lora_formats import adapters_of, kohya_names_of
+from finetune.lora_loading import load_into
 from finetune.models import UNet, build_unet
 from finetune.objective import Objective, build_objective
+from finetune.pretrained import lora_file
 from finetune.space import Space, build_space
+from finetune.text_conditions import Text
 
 if TYPE_CHECKING:
-    from finetune.config import TrainConfig
+    from finetune.config import Optimizer, TrainConfig
     from finetune.data import TrainData
 
 
@@ -34,13 +39,28 @@ class Modules:
 
     @property
     def network(self) -> dict[str, nn.Parameter]:
-        """What is trained of the UNet, by the UNet's own names."""
+        """What is trained of the UNet, by the UNet's own names: all of it, or a LoRA."""
         return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+
+    @property
+    def text(self) -> dict[str, nn.Parameter]:
+        """What is trained of the text encoders, by names that begin with text_encoder or text_encoder_2."""
+        return {
+            f"{encoder}.{name}": p
+            for encoder, module in text_encoders(self.conditioner).items()
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
+
+    @property
+    def averaged(self) -> dict[str, nn.Parameter]:
+        """What moving averages are kept of: the weights that samples are drawn with."""
+        return self.network | self.text
 
     @property
     def beside(self) -> dict[str, nn.Parameter]:
         """What is trained beside the UNet: DDP does not know of it, its gradients are averaged by the loop."""
-        return {f"objective.{name}": p for name, p in self.objective.parameters().items()}
+        return {f"objective.{name}": p for name, p in self.objective.parameters().items()} | self.text
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -54,19 +74,40 @@ class Modules:
 
     @property
     def parameters_frozen(self) -> int:
-        """Parameters of the VAE and the text encoders."""
+        """Parameters of the VAE, and those of the text encoders that are not trained."""
         return self.space.parameters_frozen + self.conditioner.parameters_frozen
 
+    def param_groups(self, cfg: Optimizer) -> list[dict[str, Any]]:
+        """All that is trained, in the groups of an optimizer, each with the factor of its learning rate, `lr_scale`."""
+        text = self.text
+        groups = [{"params": [p for name, p in self.trained.items() if name not in text], "lr_scale": 1.0}]
+        if text:
+            rate = cfg.text_encoder_lr or cfg.learning_rate
+            groups.append({"params": list(text.values()), "lr_scale": rate / cfg.learning_rate})
+        return groups
+
     def states(self) -> dict[str, Mapping[str, Tensor]]:
-        """The tensors that a checkpoint keeps of them, by the part of it that holds them; the live ones, not copies."""
+        """The tensors that a checkpoint keeps of them, by the part of it that holds them; the live ones, not copies.
+
+        Of a UNet or text encoder with a LoRA that is the LoRA alone: the rest never changes.
+        """
         learned = self.objective.state_dict()
-        return {"model": self.unet.state_dict()} | ({"objective": learned} if learned else {})
+        kept = {part: trained_state(module) for part, module in kept_modules(self.unet, self.conditioner).items()}
+        return kept | ({"objective": learned} if learned else {})
 
     def load(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over what `states` gave, of the same modules."""
-        self.unet.load_state_dict(states["model"])
+        for part, module in kept_modules(self.unet, self.conditioner).items():
+            load_trained_state(module, states[part])
         if "objective" in states:
             self.objective.load_state_dict(states["objective"])
+
+
+def kept_modules(unet: UNet, conditioner: Conditioner) -> dict[str, nn.Module]:
+    """The modules with weights that are trained, by their part of a checkpoint."""
+    encoders = text_encoders(conditioner).items()
+    trained = {name: module for name, module in encoders if any(p.requires_grad for p in module.parameters())}
+    return {"model": unet} | trained
 
 
 def build_modules(
@@ -88,9 +129,14 @@ def build_modules(
     clip = cfg.space.kind == "pixel"
     objective = objective or build_objective(cfg.objective, clip_sample=clip, global_batch=global_batch, trust=trust)
     objective.to(device)
-    unet = build_unet(cfg, space, conditioner, seed=cfg.seed).to(device)
+    unet = build_unet(cfg, space, conditioner, seed=cfg.seed)
+    choose_trained(cfg, unet, conditioner)
+    unet.to(device)
     weaker = cfg.sample.autoguidance
     guide = None if weaker is None else load_guide(weaker, unet, objective.scheduler)
+    if cfg.lora is not None and cfg.lora.pretrained is not None:
+        file = lora_file(cfg.lora.pretrained, setting="lora.pretrained")
+        load_into({"unet": unet} | text_encoders(conditioner), file)
     if cfg.export.kohya:  # now, and not when the training is over
         kohya_names_of(adapters_of({"unet": unet}), {"unet": unet})
     if cfg.train.gradient_checkpointing:
@@ -100,3 +146,22 @@ def build_modules(
     if cfg.train.compile:
         unet.compile()  # in place: the names of the weights stay
     return Modules(space=space, conditioner=conditioner, objective=objective, unet=unet, guide=guide)
+
+
+def choose_trained(cfg: TrainConfig, unet: UNet, conditioner: Conditioner) -> None:
+    """Put the LoRA of cfg.lora, if there is one, into the modules and make trainable what `cfg` trains of them.
+
+    Raises ConfigError if cfg.lora fits nothing, or if a text encoder is to be trained and there is none.
+    """
+    if cfg.lora is not None:
+        add_lora(unet, cfg.lora, seed=cfg.seed)
+    encoders = text_encoders(conditioner)
+    if cfg.train.train_text_encoder and not encoders:
+        raise ConfigError(f"train.train_text_encoder: conditioning {conditioner.kind} has no text encoder: use false")
+    for part in conditioner.parts.values():
+        if isinstance(part, Text):
+            part.trained = cfg.train.train_text_encoder
+    for name, encoder in encoders.items():
+        encoder.requires_grad_(cfg.train.train_text_encoder)
+        if cfg.train.train_text_encoder and cfg.lora is not None:
+            add_text_lora(encoder, cfg.lora, name, seed=cfg.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -10,8 +11,13 @@ from diffusers.optimization import get_scheduler
 from finetune.config import Optimizer
 
 
-def build_optimizer(cfg: Optimizer, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW over float32 parameters, in torch's fused form (on CPU and CUDA several times faster than the loops)."""
+def build_optimizer(
+    cfg: Optimizer, parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
+) -> torch.optim.AdamW:
+    """AdamW over float32 parameters, or groups of them as torch.optim takes them.
+
+    In torch's fused form: on CPU and CUDA several times faster than the loops.
+    """
     return torch.optim.AdamW(
         parameters,
         lr=cfg.learning_rate,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from finetune.config_levels import Levels, Loss, Weighting
+    from finetune.modules import Modules
     from finetune.resume import Resumed
     from finetune.trainer import Trainer
 
@@ -25,7 +26,8 @@ def plan_text(trainer: Trainer) -> str:
             "classes": classes_line(trainer.data.facts),
             "space": f"{cfg.space.kind}, x0 {modules.space.channels}x{modules.space.size}x{modules.space.size}",
             "conditioning": conditioning_line(cfg),
-            "model": model_line(modules.unet, modules.parameters_frozen),
+            "model": model_line(modules),
+            "adapter": adapter_line(cfg, modules.unet),
             "objective": objective_line(cfg),
             "batch": f"{trainer.global_batch} images = {trainer.micro_batch} per micro-step x {trainer.accumulation} "
             f"accumulated x {processes} process{'es' * (processes > 1)}",
@@ -37,8 +39,8 @@ def plan_text(trainer: Trainer) -> str:
             f"{trainer.accelerator.mixed_precision.replace('no', 'float32')}, seed {cfg.seed}",
             "start": start_line(trainer.resumed),
             "changed": changed_line(trainer.resumed),
-            "checkpoints": checkpoints_line(modules.unet, cfg),
-            "snapshots": snapshots_line(modules.unet, cfg, trainer.steps),
+            "checkpoints": checkpoints_line(modules, cfg),
+            "snapshots": snapshots_line(modules, cfg, trainer.steps),
             "samples": samples_line(cfg),
             "output": str(trainer.output_dir),
             "push": push_line(cfg, trainer.output_dir.resolve().name),
@@ -104,11 +106,26 @@ def conditioning_line(cfg: TrainConfig) -> str:
     return f"{rates} by the share of samples that each is dropped for, {cfg.conditioning.dropout_draws} draws"
 
 
-def model_line(unet: nn.Module, frozen: int) -> str:
-    """Class and numbers of parameters; frozen: those of VAE and text encoder."""
-    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    frozen += sum(p.numel() for p in unet.parameters() if not p.requires_grad)
-    return f"{type(unet).__name__}, {count(trained)} parameters trained, {count(frozen)} frozen"
+def model_line(modules: Modules) -> str:
+    """Class and numbers of parameters, those of VAE and text encoders included."""
+    frozen = modules.parameters_frozen + sum(p.numel() for p in modules.unet.parameters() if not p.requires_grad)
+    beside = ", the text encoder too" * bool(modules.text)
+    trained = f"{count(count_of(modules.averaged))} parameters trained{beside}"
+    return f"{type(modules.unet).__name__}, {trained}, {count(frozen)} frozen"
+
+
+def count_of(parameters: Mapping[str, nn.Parameter]) -> int:
+    """How many numbers they are."""
+    return sum(p.numel() for p in parameters.values())
+
+
+def adapter_line(cfg: TrainConfig, unet: nn.Module) -> str:
+    """What is trained of the UNet instead of its own weights; empty without a LoRA."""
+    if (lora := cfg.lora) is None:
+        return ""
+    kind = "LoRA" + ", rank-stabilised" * lora.use_rslora + ", weight-decomposed (DoRA)" * lora.use_dora
+    layers = sum(name.endswith(".lora_A") for name, _ in unet.named_modules())
+    return f"{kind}, of rank {lora.rank} and scale {lora.scale:g} on {layers} layers ({lora.target})"
 
 
 def count(n: int) -> str:
@@ -151,7 +168,8 @@ def optimizer_line(cfg: TrainConfig) -> str:
     optimizer, norm = cfg.optimizer, cfg.train.max_grad_norm
     warmup = f", {optimizer.lr_warmup_steps} warm-up steps" if optimizer.lr_warmup_steps else ""
     clipping = f", gradient norm at most {norm:g}" if norm else ""
-    return f"AdamW, learning rate {optimizer.learning_rate:g}, {optimizer.lr_scheduler}{warmup}{clipping}"
+    text = f" (text encoder {optimizer.text_encoder_lr:g})" if optimizer.text_encoder_lr else ""
+    return f"AdamW, learning rate {optimizer.learning_rate:g}{text}, {optimizer.lr_scheduler}{warmup}{clipping}"
 
 
 def averages_line(cfg: TrainConfig) -> str:
@@ -166,12 +184,12 @@ def averages_line(cfg: TrainConfig) -> str:
     return f"{', '.join(parts)}; samples and export use the first"
 
 
-def checkpoints_line(unet: nn.Module, cfg: TrainConfig) -> str:
+def checkpoints_line(modules: Modules, cfg: TrainConfig) -> str:
     """How often, how many, and the space on the disk they will take: weights, two moments of AdamW, averages."""
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in unet.state_dict().values())
-    trained = 4 * sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    parts = modules.states().values()
+    weights = sum(tensor.numel() * tensor.element_size() for tensors in parts for tensor in tensors.values())
     averages = len(cfg.ema.averages) if cfg.ema.use_ema else 0
-    size = (weights + (2 + averages) * trained) / 1e6
+    size = (weights + 4 * (2 * count_of(modules.trained) + averages * count_of(modules.averaged))) / 1e6
     kept = cfg.checkpoint.checkpoints_total_limit
     # One more than are kept: the oldest goes only when the newest is whole.
     return (
@@ -180,12 +198,12 @@ def checkpoints_line(unet: nn.Module, cfg: TrainConfig) -> str:
     )
 
 
-def snapshots_line(unet: nn.Module, cfg: TrainConfig, steps: int) -> str:
+def snapshots_line(modules: Modules, cfg: TrainConfig, steps: int) -> str:
     """How often the averages by relative width are kept for good, and the space they will take; empty if never."""
     every = cfg.ema.snapshot_every
     if not every:
         return ""
-    size = len(cfg.ema.relative_widths) * 4 * sum(p.numel() for p in unet.parameters() if p.requires_grad) / 1e6
+    size = len(cfg.ema.relative_widths) * 4 * count_of(modules.averaged) / 1e6
     return f"of the averages every {every:,} steps, all kept: {-(-steps // every):,} x {size:,.1f} MB"
 
 

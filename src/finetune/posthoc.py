@@ -158,7 +158,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _with_weights(run: Path, weights: dict[str, Tensor]) -> DiffusionPipeline:
-    """The run's exported pipeline with these weights in its UNet."""
+    """The run's exported pipeline with these weights in its UNet and, where it was trained, its text encoder."""
+    from finetune.ema import by_module
     from finetune.export import own_memory
     from finetune.sample import load_pipeline
 
@@ -166,8 +167,10 @@ def _with_weights(run: Path, weights: dict[str, Tensor]) -> DiffusionPipeline:
     for part in pipeline.components.values():
         own_memory(part)
     # Parameters that were not trained are in no average, and stay.
-    if unknown := pipeline.unet.load_state_dict(weights, strict=False).unexpected_keys:
-        raise FinetuneError(f"{run}: the snapshots hold {unknown[0]}, which the UNet of pipeline/ does not have")
+    for name, tensors in by_module(weights).items():
+        module = pipeline.unet if name == "model" else getattr(pipeline, name)
+        if unknown := module.load_state_dict(tensors, strict=False).unexpected_keys:
+            raise FinetuneError(f"{run}: the snapshots hold {unknown[0]}, which pipeline/ does not have")
     return pipeline
 
 

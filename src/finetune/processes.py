@@ -8,7 +8,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,18 @@ def set_kernels(cfg: Train) -> None:
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS, by its own error
     torch.use_deterministic_algorithms(cfg.deterministic)
+
+
+def average_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace the gradients of parameters that DDP does not know by their means over the processes, all in one go.
+
+    A parameter without a gradient, as of a layer that is not read, has none on any process.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if accelerator.num_processes > 1 and gradients:
+        means = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, mean in zip(gradients, means.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def largest(accelerator: Accelerator, number: int) -> torch.Tensor:

@@ -34,6 +34,7 @@ SOURCES = (
     ("conditioning", "tokenizer"),
     *[("conditioning", of, name) for of in ("pooled_text", "text") for name in ("text_encoder", "tokenizer")],
     ("model", "pretrained_model_name_or_path"),
+    ("lora", "pretrained"),
     ("sample", "autoguidance"),
 )
 """The settings that hold a Hub id or a local path."""

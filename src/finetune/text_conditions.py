@@ -1,4 +1,4 @@
-"""Text as a condition, read by a frozen CLIP text encoder: pooled, or as a sequence."""
+"""Text as a condition, read by a CLIP text encoder, frozen or trained: pooled, or as a sequence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CACHE_BYTES = 256 << 20  # of embeddings kept in memory
 
 
 class Text(Single):
-    """A frozen CLIP text encoder; the embedding of the empty prompt, or zeros, stand for "no caption"."""
+    """A CLIP text encoder; the embedding of the empty prompt, or zeros, stand for "no caption"."""
 
     argument: str
     """Name of the embedding in a Condition."""
@@ -38,15 +38,25 @@ class Text(Single):
         dropout: float = 0.0,
         null: str = "empty_prompt",
     ) -> None:
-        """Freezes the text encoder. null: "empty_prompt" or "zero". Raises ConfigError for another's tokenizer."""
+        """null: "empty_prompt" or "zero". Raises ConfigError for another's tokenizer.
+
+        The text encoder is put into evaluation mode. It is not frozen here, as a pipeline around the live modules makes
+        one of these around an encoder that is being trained.
+        """
         _check_pair(text_encoder, tokenizer)
-        self.text_encoder = text_encoder.requires_grad_(False).eval()
+        self.text_encoder = text_encoder.eval()
         self.tokenizer, self.dropout, self.null = tokenizer, dropout, null
         self.width: int = text_encoder.config.hidden_size
-        self.parameters_frozen = sum(p.numel() for p in text_encoder.parameters())
+        self.trained = False
+        """Whether this run trains the encoder, or a LoRA in it: gradients then flow, and nothing is remembered."""
         self.truncated = 0
         """Captions encoded so far that were longer than the encoder reads."""
         self._cache: dict[str, Tensor] = {}
+
+    @property
+    def parameters_frozen(self) -> int:
+        """Parameters of the text encoder that are not trained."""
+        return sum(p.numel() for p in self.text_encoder.parameters() if not (self.trained and p.requires_grad))
 
     def of(self, batch: Batch, random: PositionRandom | None = None) -> Condition:
         """The embeddings of the captions."""
@@ -63,25 +73,31 @@ class Text(Single):
         return condition if self.null == "empty_prompt" else {k: torch.zeros_like(v) for k, v in condition.items()}
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
-        """texts -> [n, ...] float32 on the encoder's device. The encoder is frozen, so embeddings are remembered.
+        """texts -> [n, ...] float32 on the encoder's device. Those of a frozen encoder are remembered.
 
         Encoded in batches of one fixed shape, filled with empty prompts: matrix products round differently in batches
         of different sizes, and a text's embedding must not depend on what it came with or on what was remembered, or
-        a resumed run would differ in the last bit.
+        a resumed run would differ in the last bit. With gradients, nothing is remembered and the batch is encoded as
+        it is, since filling it up would be paid in every step: the last bit of an embedding is then a function of the
+        micro-batch, as everything in the UNet is anyway, and a resumed run has the same ones.
         """
+        if self.trained and torch.is_grad_enabled():
+            distinct = list(dict.fromkeys(texts))
+            place = {text: row for row, text in enumerate(distinct)}
+            return self._encode(distinct)[[place[text] for text in texts]]
         fresh: dict[str, Tensor] = {}
         new = [text for text in dict.fromkeys(texts) if text not in self._cache]
         for start in range(0, len(new), ENCODER_BATCH):
             part = new[start : start + ENCODER_BATCH]
-            rows = self._encode(part + [""] * (ENCODER_BATCH - len(part))).cpu()
+            with torch.no_grad():
+                rows = self._encode(part + [""] * (ENCODER_BATCH - len(part))).cpu()
             fresh.update(zip(part, rows, strict=False))
             for text, row in zip(part, rows, strict=False):
-                if (len(self._cache) + 1) * row.nbytes <= CACHE_BYTES:
+                if not self.trained and (len(self._cache) + 1) * row.nbytes <= CACHE_BYTES:
                     self._cache[text] = row.clone()  # not a view, which would keep the whole batch
         rows = [self._cache[text] if text in self._cache else fresh[text] for text in texts]
         return torch.stack(rows).to(self.text_encoder.device)
 
-    @torch.no_grad()
     def _encode(self, texts: list[str]) -> Tensor:
         longest = self.tokenizer.model_max_length
         for text, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):

@@ -28,7 +28,7 @@ from finetune.modules import build_modules
 from finetune.objective import Objective
 from finetune.optimization import build_optimizer, learning_rate
 from finetune.pipelines import build_pipeline
-from finetune.processes import build_accelerator, largest, set_kernels
+from finetune.processes import average_gradients, build_accelerator, largest, set_kernels
 from finetune.provenance import write_run_files
 from finetune.resume import as_the_run_began, find_checkpoint, resume, run_facts_of
 from finetune.saving import Saver, nonfinite, refuse_nonfinite
@@ -87,9 +87,9 @@ class Trainer:
             cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
         )
         self.parameters = self.modules.trained
-        optimizer = build_optimizer(cfg.optimizer, self.parameters.values())
+        optimizer = build_optimizer(cfg.optimizer, self.modules.param_groups(cfg.optimizer))
         self.learning_rate = learning_rate(cfg.optimizer, self.steps)
-        self.ema = Ema(self.modules.network, cfg.ema) if cfg.ema.use_ema else None
+        self.ema = Ema(self.modules.averaged, cfg.ema) if cfg.ema.use_ema else None
         self.network, self.optimizer = self.accelerator.prepare(self.modules.unet, optimizer)
         self.state = TrainingState(self.modules, optimizer, ema=self.ema, scaler=self.accelerator.scaler)
         self.facts = run_facts_of(self)
@@ -155,7 +155,7 @@ class Trainer:
         `stop` then holds the signal that all processes have agreed to stop for, if one of them received one.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
+            group["lr"] = self.learning_rate(self.step) * group["lr_scale"]
         taken_in: list[MicroBatch] = []
         for micro in range(self.accumulation):
             batch = next(batches)
@@ -166,8 +166,7 @@ class Trainer:
                 terms = taken_in[-1].terms
                 self.accelerator.backward((terms.per_sample * terms.weight).mean() / self.accumulation)
             meter.add(terms)
-        for parameter in self.modules.beside.values():  # DDP averages those of the network only
-            parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        average_gradients(self.accelerator, self.modules.beside.values())  # DDP averages those of the network only
         stop = largest(self.accelerator, SIGNALS.received)
         # DDP has averaged the gradients, so this norm, and with it the decision, is the same on every process.
         max_norm = self.cfg.train.max_grad_norm or math.inf
