@@ -96,23 +96,24 @@ def _sentence(adapters: Mapping[str, Adapter], cfg: TrainConfig, lines: list[dic
         numbers = f"rank {adapter.rank(layer)}, scale {adapter.scale(layer):g}"
         parts.append(f"{len(adapter.alphas)} layers of the {code(part)} ({numbers})")
     length = f", trained for {lines[-1]['step']:,} optimizer steps" if lines else ""
-    return f"A {kind} for {code(_base(cfg))}: small matrices beside {' and '.join(parts)}{length}."
+    base = _base(cfg) or "the UNet that its config.yaml draws"
+    return f"A {kind} for {code(base)}: small matrices beside {' and '.join(parts)}{length}."
 
 
-def _base(cfg: TrainConfig) -> str:
-    """What the card calls the model that the LoRA belongs to."""
+def _base(cfg: TrainConfig) -> str | None:
+    """What the card calls the model that the LoRA belongs to; None for a UNet that the run itself drew."""
     model = published_config(cfg).model
-    return model.pretrained_model_name_or_path if model.kind == "pretrained" else "the UNet of config.yaml"
+    return model.pretrained_model_name_or_path if model.kind == "pretrained" else None
 
 
 def _usage(by_diffusers: Mapping[str, bool], adapters: Mapping[str, Adapter], cfg: TrainConfig, place: str) -> str:
-    others = [name for name in by_diffusers if name != LORA_FILE]
-    if by_diffusers[LORA_FILE] and cfg.model.kind == "pretrained" and cfg.model.subfolder:
+    base, others = _base(cfg), [name for name in by_diffusers if name != LORA_FILE]
+    if by_diffusers[LORA_FILE] and base and cfg.model.subfolder:
         usage = fenced(_snippet(cfg, place), "python")
     else:
-        usage = "diffusers has no loader of LoRAs for this model. In a checkout of finetune:\n\n" + fenced(
-            f"finetune sample . --out pictures\nfinetune merge {LORA_FILE} --base {_base(cfg)!r} --out merged", "bash"
-        )
+        merge = f"\nfinetune merge {LORA_FILE} --base {base!r} --out merged" if base else ""
+        usage = "diffusers alone does not load it. In a checkout of finetune:\n\n"
+        usage += fenced(f"finetune sample . --out pictures{merge}", "bash")
     scales = {adapter.scale(layer) for adapter in adapters.values() for layer in adapter.alphas}
     if scales != {1.0}:
         usage += "\n\nIts scale is not 1, which diffusers reads from version 0.34 on."

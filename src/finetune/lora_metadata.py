@@ -54,6 +54,7 @@ def kohya_metadata(
         **_network(adapters),
         "ss_learning_rate": optimizer.learning_rate,
         "ss_unet_lr": optimizer.learning_rate,
+        "ss_text_encoder_lr": (optimizer.text_encoder_lr or optimizer.learning_rate) if len(adapters) > 1 else None,
         "ss_lr_scheduler": optimizer.lr_scheduler,
         "ss_lr_warmup_steps": optimizer.lr_warmup_steps,
         "ss_max_grad_norm": train.max_grad_norm,
