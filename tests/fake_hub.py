@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from xet_server import XetStorage
@@ -106,6 +107,11 @@ class FakeHub:
         for server in self.servers.values():
             server.shutdown()
             server.server_close()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """What leads a process to this Hub with a token that may write, its caches under `home`."""
+        known = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": WRITE_TOKEN, "HF_HOME": str(home)}
+        return known | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
     def fail(
         self, path: str, what: int | str, *, method: str = ".*", times: int = 1, after: bool = False, **headers: str

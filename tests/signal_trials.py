@@ -25,7 +25,7 @@ STEPS = 6
 CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 PHASES = ("start", "check", "train", "save", "sample", "export")
 TARGETS = ("main", "group", "launcher")
-SLOW = {"check": (data, "check"), "save": (checkpoint, "save"), "sample": (sample, "draw_grid"),
+SLOW = {"check": (data, "check"), "save": (checkpoint, "save"), "sample": (sample, "draw"),
         "export": (run, "export_run")}  # fmt: skip
 
 

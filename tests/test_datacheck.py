@@ -1,5 +1,6 @@
 """The corpus of bad data: the check lists exactly what is bad, in one report, cheaply; the rest is trained on."""
 
+import hashlib
 import itertools
 import json
 import resource
@@ -144,6 +145,12 @@ def test_the_digests_belong_to_the_rows_and_are_cached(tmp_path, monkeypatch):
     assert by_path["plain.png"] != by_path["link_within.png"]  # the same picture under another caption
     twice = [row for row, path in zip(first.rows, paths(first), strict=True) if path == "plain.png"]
     assert len(twice) == 2 and len(set(first.digests[twice])) == 1
+    images = dict(zip(paths(first), map(bytes, first.images[first.rows]), strict=True))
+    assert again.images.tolist() == first.images.tolist()
+    assert np.flatnonzero(first.images.any(1)).tolist() == first.rows.tolist()
+    plain = hashlib.blake2b((corpus.folder / "plain.png").read_bytes()).digest()[:16]
+    assert images["plain.png"] == images["link_within.png"] == plain
+    assert images["plain.png"] != images["grey.png"]
 
 
 def test_rows_that_are_not_drawn_have_no_digest(tmp_path):

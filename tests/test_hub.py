@@ -24,13 +24,9 @@ COMMIT, PUT = "/commit/main", r"^/[0-9a-f]{64}\?"
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     with FakeHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-        monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "50ms")
-        monkeypatch.setenv("HOME", "/home/canary")
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        further = {"HF_XET_CLIENT_RETRY_BASE_DELAY": "50ms", "HOME": "/home/canary"}
+        for name, value in (server.environment(tmp_path / "hf") | further).items():
+            monkeypatch.setenv(name, value)
         yield server
 
 

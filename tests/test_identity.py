@@ -42,6 +42,7 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
         ({"ema": {"ema_power": 0.5}}, "asked", "ema.ema_power"),
         ({"train": {"max_grad_norm": 2.0}}, "asked", "train.max_grad_norm"),
         ({"data": {"random_flip": False}}, "asked", "data.random_flip"),
+        ({"data": {"buckets": "auto"}}, "asked", "data.buckets"),
         ({"data": {"image_interpolation_mode": "box"}}, "asked", "data.image_interpolation_mode"),
         ({"sample": {"num_images": 3}}, "free", "sample.num_images"),
         ({"tracking": {"log_every": 5}}, "free", "tracking.log_every"),

@@ -155,7 +155,7 @@ def test_main_process_may_take_longer_than_the_time_limit(tmp_path, monkeypatch)
             return later
 
         finetune.trainer.open_data = slowly(finetune.trainer.open_data)
-        sample.draw_grid, checkpoint.save = slowly(sample.draw_grid), slowly(checkpoint.save)
+        sample.draw, checkpoint.save = slowly(sample.draw), slowly(checkpoint.save)
         Trainer(cfg).fit()
 
     assert run(cfg, processes=2, body=slow) == [0, 0], log(cfg)

@@ -231,14 +231,8 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_export_finishes(tmp_pa
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     with FakeHub() as server:
-        for name, value in {
-            "HF_ENDPOINT": server.endpoint,
-            "HF_TOKEN": WRITE_TOKEN,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_DISABLE_XET": "1",
-        }.items():
+        for name, value in server.environment(tmp_path / "hf").items():
             monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_HUB_OFFLINE")
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
         yield server
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from finetune import checkpoint
 from finetune.errors import ConfigError
-from finetune.sample import captions_of, draw_grid, generate, grid, load_pipeline, wanted_conditions
+from finetune.sample import captions_of, draw, generate, grid, load_pipeline, wanted_conditions, write_grid
 from finetune.sample_command import sample_main
 from test_pipelines import pipeline_of
 from tiny_models import PROMPTS, config, parts  # noqa: F401
@@ -125,10 +125,12 @@ def test_grid_refuses_what_does_not_fit():
         grid([Image.new("L", (4, 4))], ["a", "b"])
 
 
-def test_draw_grid_is_the_images_of_generate(parts, tmp_path):  # noqa: F811
+def test_a_grid_is_the_images_of_generate(parts, tmp_path):  # noqa: F811
     cfg = config(parts, condition="class_label", sample={"num_images": 4, "sample_seed": 9, "num_inference_steps": 3})
     pipeline = pipeline_of(cfg)
-    draw_grid(pipeline, cfg, tmp_path / "samples" / "step-00000003.png")
+    drawn = draw(pipeline, cfg)
+    assert list(drawn) == [0, 1, 2, 3]
+    write_grid(pipeline, cfg, tmp_path / "samples" / "step-00000003.png", list(drawn.values()))
     images = generate(pipeline, num_images=4, seed=9, num_inference_steps=3, guidance_scale=1.0)
     expected = grid(images, ["zero", "one", "two", "zero"], columns=3)  # one per class
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "step-00000003.png")), np.asarray(expected))

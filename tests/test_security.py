@@ -268,14 +268,8 @@ def hub(monkeypatch, tmp_path):
     """A Hub for this process, which is offline else, and for those that it starts."""
     constants = huggingface_hub.constants
     with FakeHub() as server:
-        for name, value in {
-            "HF_ENDPOINT": server.endpoint,
-            "HF_TOKEN": WRITE_TOKEN,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_DISABLE_XET": "1",
-        }.items():
+        for name, value in server.environment(tmp_path / "hf").items():
             monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_HUB_OFFLINE")
         address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)

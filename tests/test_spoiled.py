@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from finetune.batching import make_loader
-from finetune.data import REPLACEMENTS, TrainData, open_data, report_replaced
+from finetune.data import REPLACEMENTS, TrainData, open_data
 from finetune.errors import DataError
+from finetune.samples import report_replaced
 from finetune.trainer import Trainer
 from forked import last_step, log, metrics, run, state
 from tiny import config
@@ -160,9 +161,9 @@ def test_the_order_of_the_start_is_kept_when_rows_turn_unusable(tmp_path):
     cfg = config(tmp_path / "run", data=dict(vars(data.rules)), conditioning={"kind": "none"})
     now = open_data(cfg, progress=False)
     assert len(now) == ROWS - 1 and now.fingerprint != data.fingerprint
-    kept = now.with_order_of(data.digests)
+    kept = now.with_order_of({"digests": data.digests})
     assert kept.rows.tolist() == data.rows.tolist() and kept.fingerprint == data.fingerprint
     assert kept.samples([7], [4])[0].replaced == data.samples([7], [4])[0].replaced
     (tmp_path / "images" / "08.png").write_bytes((tmp_path / "images" / "09.png").read_bytes())
     with pytest.raises(AssertionError):
-        open_data(cfg, progress=False).with_order_of(data.digests)
+        open_data(cfg, progress=False).with_order_of({"digests": data.digests})

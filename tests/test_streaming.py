@@ -23,10 +23,11 @@ from PIL import Image
 from fake_hub import FakeHub, Reply
 from finetune.batching import make_loader
 from finetune.config import TrainConfig
-from finetune.data import Sample, TrainData, open_data
+from finetune.data import TrainData, open_data
 from finetune.errors import ConfigError, DataError
 from finetune.order import RowOrder
 from finetune.plan import data_line
+from finetune.samples import Sample
 from finetune.shards import Shards
 from forked import last_step, log, metrics, run, state
 from tiny import ROOT, config
@@ -379,9 +380,7 @@ def test_shards_on_the_hub_give_the_samples_of_what_is_loaded_from_it(tmp_path, 
         repo = hub.add_repo("user/digits", private=False)
         shards = sorted(digits.glob("*.parquet"))
         oid = repo.commit({f"{path.stem}-of-00004.parquet": (path.read_bytes(), True) for path in shards})
-        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        environment["HF_HUB_OFFLINE"] = "0"
-        for name, value in environment.items():
+        for name, value in hub.environment(tmp_path / "home").items():
             monkeypatch.setenv(name, value)
         hub.fail(r"train-00003", 503, method="GET", times=1)  # the client asks again
         command = [sys.executable, "-c", HUB_RUN]

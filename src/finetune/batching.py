@@ -1,10 +1,10 @@
 """Samples -> batches: which sample comes when, who makes it, and how the loader's processes behave.
 
 Position p of the run (counting samples from 0) holds the row that comes at p % n in epoch p // n, where n is the number
-of usable rows (see order.py). Optimizer step s takes the positions s*G .. s*G + G-1 of the global batch G =
-accumulation * world_size * micro_batch, whoever computes them: micro-step a of process r takes the micro_batch
-positions from s*G + (a * world_size + r) * micro_batch. So every row comes exactly once per epoch, batches run on
-across the end of an epoch, and a run goes on from any step.
+of usable rows (see order.py; of buckets, see buckets.py). Optimizer step s takes the positions s*G .. s*G + G-1 of the
+global batch G = accumulation * world_size * micro_batch, whoever computes them: micro-step a of process r takes the
+micro_batch positions from s*G + (a * world_size + r) * micro_batch. So every row comes exactly once per epoch, batches
+run on across the end of an epoch, and a run goes on from any step.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetune.config import TrainConfig
-from finetune.data import Replaced, Sample, TrainData
+from finetune.data import TrainData
 from finetune.order import Order
+from finetune.samples import Replaced, Sample
 from finetune.watchdog import LOADER_POLL
 
 Place = tuple[int, int, int]  # position in the run, epoch, row
@@ -32,8 +34,8 @@ IMPORTS = ["finetune.batching"]  # what each loader process needs, and so pays f
 class Batch:
     """One micro-batch of one process."""
 
-    pixel_values: torch.Tensor
-    """[B, channels, resolution, resolution] float32 in [-1, 1]."""
+    pixel_values: torch.Tensor | None
+    """[B, channels, height, width] float32 in [-1, 1]; None with cached latents."""
     captions: list[str] | None
     class_labels: torch.Tensor | None
     """[B] int64."""
@@ -45,6 +47,8 @@ class Batch:
     """[B, 6] float32, SDXL's sizes in pixels: see `images.Prepared`."""
     low_res: torch.Tensor | None = None
     """[B, channels, side, side] float32 in [-1, 1]: the small images of data.low_res_column."""
+    moments: torch.Tensor | None = None
+    """[B, 2c, h, w] float16 or float32, of the VAE's posterior, with cached latents: `space.LatentSpace.moments`."""
     replaced: tuple[Replaced, ...] = ()
     """The rows that turned unusable, for which others of `rows` stand in: see `data.report_replaced`."""
 
@@ -99,8 +103,7 @@ class EndlessSampler(Sampler[list[Place]]):
             micro_step += 1
 
     def _place(self, position: int) -> Place:
-        epoch, index = divmod(position, len(self.order))
-        return position, epoch, self.order.row_at(epoch, index)
+        return position, *self.order.place(position)
 
 
 def collate(samples: list[tuple[Place, Sample]]) -> Batch:
@@ -109,13 +112,14 @@ def collate(samples: list[tuple[Place, Sample]]) -> Batch:
     captions = [sample.caption for sample in made]
     labels = [sample.label for sample in made]
     return Batch(
-        pixel_values=torch.stack([sample.pixels for sample in made]),
+        pixel_values=None if made[0].pixels is None else torch.stack([sample.pixels for sample in made]),
         captions=None if captions[0] is None else captions,
         class_labels=None if labels[0] is None else torch.tensor(labels),
         rows=torch.tensor([sample.row for sample in made]),
         positions=torch.tensor([position for position, _, _ in places]),
         time_ids=torch.tensor([sample.time_ids for sample in made], dtype=torch.float32),
         low_res=None if made[0].low_res is None else torch.stack([sample.low_res for sample in made]),
+        moments=None if made[0].moments is None else torch.stack([sample.moments for sample in made]),
         replaced=tuple(sample.replaced for sample in made if sample.replaced),
     )
 
@@ -153,10 +157,6 @@ def make_loader(
     It is not to be given to Accelerator.prepare, which would divide it among the processes a second time. Making and
     iterating it draws nothing from torch's global random state. pin_memory: training is on a GPU.
     """
-    workers = cfg.data.dataloader_num_workers
-    if workers is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # set by the launcher: processes on this machine
-        workers = default_workers(processes=local, on_gpu=pin_memory)
     sampler = EndlessSampler(
         data.order(global_batch=accumulation * world_size * micro_batch),
         micro_batch=micro_batch,
@@ -165,17 +165,29 @@ def make_loader(
         rank=rank,
         start=start,
     )
+    how = loader_processes(cfg, processes=world_size, on_gpu=pin_memory)
     return DataLoader(
         TrainDataset(data),
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # the loader seeds its processes; without this it draws that from the global state
-        worker_init_fn=_init_worker,
-        timeout=LOADER_POLL if workers else 0,
-        multiprocessing_context=_process_context() if workers else None,
+        timeout=LOADER_POLL if how["num_workers"] else 0,
+        **how,
     )
+
+
+def loader_processes(cfg: TrainConfig, *, processes: int, on_gpu: bool) -> dict[str, Any]:
+    """The arguments of a DataLoader that say who loads. processes: of the training, in all."""
+    workers = cfg.data.dataloader_num_workers
+    if workers is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # set by the launcher: processes on this machine
+        workers = default_workers(processes=local, on_gpu=on_gpu)
+    return {
+        "num_workers": workers,
+        "generator": torch.Generator(),  # the loader seeds its processes; without it, from torch's global state
+        "worker_init_fn": _init_worker,
+        "multiprocessing_context": _process_context() if workers else None,
+    }
 
 
 def _process_context() -> multiprocessing.context.BaseContext:

@@ -206,20 +206,30 @@ def _data_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
         rows["source"] = prose(_source(cfg))
     if "rows" in facts:
         rows["images"] = f"{facts['rows']:,} used, {facts.get('left_out', 0):,} left out"
+    if subsets := facts.get("subsets"):
+        shown = ", ".join(f"{prose(one['name'])} ({one['images']:,} × {one['repeats']:,})" for one in subsets)
+        rows["repeats"] = f"{shown}: each image counts once for each of its repeats"
     for side in [side for side in ("width", "height") if side in facts]:
         sizes = facts[side]
         several = f"{sizes['min']} to {sizes['max']}, median {sizes['median']}"
         rows[side] = f"{sizes['min'] if sizes['min'] == sizes['max'] else several} pixels"
     if facts.get("upscaled"):
-        rows["upscaled"] = f"{facts['upscaled']:,}, as they are smaller than the resolution"
+        rows["upscaled"] = f"{facts['upscaled']:,}, as they are smaller than what is trained on"
     if classes := facts.get("classes"):
         shown = ", ".join(f"{prose(name)} ({count:,})" for name, count in list(classes.items())[:_MOST_NAMES])
         rows["classes"] = f"{len(classes)}: {shown}" + (", …" if len(classes) > _MOST_NAMES else "")
     if captions := facts.get("captions"):
         rows["captions"] = f"{captions['count']:,}, {captions['different']:,} different, {captions['empty']:,} empty"
+        if captions.get("truncated"):
+            tokens = captions["tokens"]
+            cut = f"{captions['truncated']:,} cut to {tokens['limit']} of up to {tokens['longest']} tokens"
+            rows["captions"] += f", {cut}"
+    if cfg.captions.trigger_word:
+        rows["trigger word"] = f"{code(cfg.captions.trigger_word)}, in front of every caption"
     centred = cfg.data.center_crop or cfg.data.preparation == "iddpm"
     crop, flip = "centre crop" if centred else "random crop", ", random flip" * cfg.data.random_flip
-    rows["prepared as"] = f"{cfg.data.resolution}×{cfg.data.resolution}, {crop}{flip}"
+    about = f"{len(facts['buckets']['images'])} shapes of about " if "buckets" in facts else ""
+    rows["prepared as"] = f"{about}{cfg.data.resolution}×{cfg.data.resolution}, {crop}{flip}"
     if "data_fingerprint" in run:
         rows["fingerprint"] = code(run["data_fingerprint"])
     return rows
@@ -228,7 +238,7 @@ def _data_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
 def _source(cfg: TrainConfig) -> str:
     """What the card calls data that is not on the Hub."""
     public = published_config(cfg).data
-    name = public.train_data_dir or public.dataset_name
+    name = public.train_data_dir or public.dataset_config or public.dataset_name
     return f"{name}, local" if name else "a data set passed from Python"
 
 

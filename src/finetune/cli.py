@@ -26,6 +26,7 @@ USAGE = """usage: finetune COMMAND [options]
   push        publish a finished run          finetune push runs/digits
   import      convert another checkpoint      finetune import iddpm model500000.pt --out models/cifar10
   sigma_data  measure the spread of x0        finetune sigma_data --config configs/train/digits_edm.yaml
+  cache       what caches hold; make room     finetune cache --status
   config      show settings or their schema   finetune config --config configs/train/digits.yaml --resolved
 
 `finetune COMMAND --help` lists the options. Over several processes: accelerate launch train_unet.py --config FILE
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     commands = {"train": train, "sample": _sample, "evaluate": _evaluate, "ema": _ema, "push": _push}
-    commands |= {"merge": _merge, "import": _import, "sigma_data": _sigma_data, "config": _config}
+    commands |= {"merge": _merge, "import": _import, "sigma_data": _sigma_data, "cache": _cache, "config": _config}
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -146,6 +147,12 @@ def _sigma_data(argv: list[str]) -> None:
     from finetune.measure import sigma_data_main
 
     sigma_data_main(argv)
+
+
+def _cache(argv: list[str]) -> None:
+    from finetune.cache_command import cache_main
+
+    cache_main(argv)
 
 
 def _import(argv: list[str]) -> None:

@@ -13,7 +13,8 @@ import torch
 from finetune.conditions import ClassLabel, Condition, LowRes, Single, Size, without
 from finetune.config_choices import CONDITIONS, Part, conditions
 from finetune.errors import ConfigError
-from finetune.pretrained import load_pretrained, load_tokenizer
+from finetune.frozen import Frozen
+from finetune.pretrained import load_tokenizer
 from finetune.text_conditions import PooledText, Text, TextSequence
 
 if TYPE_CHECKING:
@@ -177,9 +178,10 @@ def build_conditioner(
             parts[kind] = Size(dropout=section.condition_dropout, device=device)
         else:
             known = parts.get("pooled_text") if several and _same_encoder(cfg) else None
-            modules = (known.text_encoder, known.tokenizer) if known else _text_modules(section, setting, device)
+            modules = known.modules if known else _text_modules(section, setting, device, hollow=cfg.cache.text)
             cls = {"pooled_text": PooledText, "text": TextSequence}[kind]
-            parts[kind] = cls(*modules, dropout=section.condition_dropout, null=section.null)
+            chunks = {"chunks": section.chunks} if kind == "text" else {}
+            parts[kind] = cls(**modules, dropout=section.condition_dropout, null=section.null, **chunks)
     return assembled(parts, dropout_draws=cfg.conditioning.dropout_draws if several else "joint")
 
 
@@ -207,8 +209,8 @@ def _same_encoder(cfg: TrainConfig) -> bool:
     return None not in (pooled, text) and all(getattr(pooled, name) == getattr(text, name) for name in names)
 
 
-def _text_modules(section: Part, setting: str, device: Any) -> tuple[Any, Any]:
-    """The text encoder and the tokenizer that a section names."""
+def _text_modules(section: Part, setting: str, device: Any, *, hollow: bool) -> dict[str, Any]:
+    """The text encoder and the tokenizer that a section names; hollow: the encoder is loaded when it computes."""
     from transformers import CLIPTextModel
 
     tokenizer = load_tokenizer(
@@ -217,11 +219,14 @@ def _text_modules(section: Part, setting: str, device: Any) -> tuple[Any, Any]:
         revision=section.revision,
         subfolder=section.tokenizer_subfolder,
     )
-    text_encoder = load_pretrained(
-        CLIPTextModel,
-        section.text_encoder,
+    weights = Frozen(
+        cls=CLIPTextModel,
+        name=section.text_encoder,
         setting=f"{setting}.text_encoder",
         revision=section.revision,
         subfolder=section.text_encoder_subfolder,
+        device=device,
     )
-    return text_encoder.requires_grad_(False).to(device), tokenizer
+    if hollow:
+        return {"text_encoder": weights.hollow(), "tokenizer": tokenizer, "weights": weights}
+    return {"text_encoder": weights.load(), "tokenizer": tokenizer}

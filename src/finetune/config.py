@@ -1,8 +1,9 @@
 """Every setting of a run, as nested frozen sections. Imports no torch; the text under a field is its only help text.
 
 Names are those of diffusers and Accelerate. Choices are unions told apart by `kind` (config_choices.py,
-config_objective.py); Data stands in config_data.py, Sample in config_sample.py. A default names its source;
-"train_unconditional" is the diffusers script of that name, whose defaults hold when only data and resolution are given.
+config_objective.py); Data stands in config_data.py, Sample in config_sample.py, Cache in config_cache.py. A default
+names its source; "train_unconditional" is the diffusers script of that name, whose defaults hold when only data and
+resolution are given.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune.config_cache import Cache, cache_contradictions
+from finetune.config_captions import Captions, caption_contradictions
 from finetune.config_choices import (
     Conditioning,
     Model,
@@ -29,6 +32,7 @@ from finetune.config_lora import Lora, lora_contradictions
 from finetune.config_objective import DDPM, Objective
 from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
+from finetune.config_validation import Validation, validation_contradictions
 
 
 @section
@@ -223,6 +227,7 @@ class TrainConfig:
     """What may differ from the checkpoint that is gone on from: a setting such as optimizer.learning_rate, a section
     such as optimizer, or data.content. What nothing hangs on, such as sample.*, may always."""
     data: Data
+    captions: Captions = Field(default_factory=Captions)
     space: Space = Field(default_factory=PixelSpace)
     conditioning: Conditioning = Field(default_factory=Unconditional)
     model: Model = Field(default_factory=UNet2D)
@@ -234,6 +239,8 @@ class TrainConfig:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
     sample: Sample = Field(default_factory=Sample)
+    validation: Validation = Field(default_factory=Validation)
+    cache: Cache = Field(default_factory=Cache)
     export: Export = Field(default_factory=Export)
     hub: Hub = Field(default_factory=Hub)
 
@@ -256,8 +263,11 @@ class TrainConfig:
         if text and not self.sample.prompts and "low_res" not in parts:
             yield "sample.prompts", f"conditioning.kind {reads} needs at least one prompt to sample with"
         data = self.data
+        yield from caption_contradictions(self.captions, bool(text), data.dataset_config is not None)
         asked = self.sample.prompts or self.sample.class_labels
         yield from low_res_contradictions(parts, data.resolution, data.low_res_column, data.preparation, bool(asked))
+        if data.buckets != "none" and "low_res" in parts:
+            yield "data.buckets", "the small images of conditioning low_res are square: set data.buckets none"
         wanted = max(len(self.sample.prompts), len(self.sample.class_labels))
         if wanted > self.sample.num_images:
             yield "sample.num_images", f"{self.sample.num_images} cannot show {wanted} prompts or labels: raise it"
@@ -275,8 +285,15 @@ class TrainConfig:
                 "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
                 "variance.kind fixed_small or fixed_large with vb_loss none"
             )
+        changing = {
+            "words_change": self.captions.shuffle or self.captions.tag_dropout > 0,
+            "text_trained": self.train.train_text_encoder,
+        }
+        yield from cache_contradictions(self.cache, data, self.space.kind, parts, **changing)
         yield from contradictions(self.sample, objective)
         yield from export_contradictions(self.export, lora=self.lora is not None)
+        best_metric = self.checkpoint.best_metric
+        yield from validation_contradictions(self.validation, streaming=data.streaming, best_metric=best_metric)
         yield from lora_contradictions(self, text=bool(text))
 
     @property

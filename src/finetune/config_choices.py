@@ -82,6 +82,15 @@ class TextCondition:
 
 
 @section
+class SequenceCondition(TextCondition):
+    """The token sequence of a frozen CLIP text encoder."""
+
+    chunks: Count = 1
+    """Text is read in up to so many pieces of 75 tokens, as sd-scripts' max_token_length 150 and 225 (2 and 3); what is
+    longer is cut. Above 1 the export is a UNetPipeline, as StableDiffusionPipeline cuts prompts to one."""
+
+
+@section
 class PooledText(TextCondition):
     """The pooled embedding of a frozen CLIP text encoder, added to the time embedding."""
 
@@ -89,7 +98,7 @@ class PooledText(TextCondition):
 
 
 @section
-class TextSequence(TextCondition):
+class TextSequence(SequenceCondition):
     """The token sequence of a frozen CLIP text encoder, read by cross-attention (needs model.kind unet2d_condition)."""
 
     kind: Literal["text"]
@@ -136,7 +145,7 @@ class Several:
     kind: Literal["several"]
     class_label: LabelCondition | None = None
     pooled_text: TextCondition | None = None
-    text: TextCondition | None = None
+    text: SequenceCondition | None = None
     low_res: LowResCondition | None = None
     size: SizeCondition | None = None
     dropout_draws: Literal["joint", "independent"] = "joint"
@@ -152,7 +161,7 @@ Conditioning = Annotated[
     Unconditional | ClassLabel | PooledText | TextSequence | LowRes | Several, Field(discriminator="kind")
 ]
 CONDITIONS = ("class_label", "pooled_text", "text", "low_res", "size")
-Part = LabelCondition | TextCondition | LowResCondition | SizeCondition
+Part = LabelCondition | TextCondition | SequenceCondition | LowResCondition | SizeCondition
 
 
 def conditions(conditioning: Conditioning) -> dict[str, Part]:

@@ -19,7 +19,10 @@ class Data:
     dataset_name: str | None = None
     """Data set: a Hub id, or the path of a local folder, saved data set, Parquet, Arrow, CSV or JSON file."""
     train_data_dir: str | None = None
-    """Local folder of images: flat, class sub-folders, metadata.jsonl or .csv, or a.jpg beside a.txt."""
+    """Local folder of images: flat, class sub-folders, metadata.jsonl or .csv, or a.jpg beside a.txt; or, unless
+    conditioning has class_label, sub-folders 10_name, each image of which comes 10 times per epoch (sd-scripts)."""
+    dataset_config: str | None = None
+    """sd-scripts' dataset_config, a TOML file that lists folders of images, their repeats and captions."""
     dataset_config_name: str | None = None
     """Configuration of a Hub data set that has several."""
     revision: str | None = None
@@ -44,13 +47,28 @@ class Data:
     max_train_samples: Count | None = None
     """Use only this many rows, drawn by the seed; streaming: whole row groups, of the last one a part."""
     resolution: Count
-    """Side of the square training image, in pixels."""
+    """Side of the square training image, in pixels; with buckets, the square has about as many pixels as each shape."""
+    buckets: Literal["none", "auto"] = "none"
+    """Shapes of the training images. none: the square; auto: all that have resolution^2 pixels up to a tenth more or
+    less. Each image comes in the one that crops it least, each global batch is of one shape."""
+    bucket_step: Count | None = None
+    """Sides of the buckets are multiples of this, in pixels; it divides the resolution, and VAE and UNet can reduce it.
+    Unset: the smallest from a 16th of the resolution (64 at 1024, as in SDXL). Larger: fewer buckets, larger crops."""
+    bucket_min_side: Count | None = None
+    """Shortest side of a bucket, in pixels (unset: half the resolution)."""
+    bucket_max_side: Count | None = None
+    """Longest side of a bucket, in pixels (unset: twice the resolution; both as in SDXL, Podell et al. 2023)."""
+    bucket_upscale: bool = True
+    """Enlarge an image that is smaller than its bucket; false: it comes in a smaller bucket of its own size, each side
+    rounded down to a multiple of the step (bucket_min_side does not count for it)."""
     channels: Literal[1, 3] = 3
     """Colour channels of the training image: 3 (RGB) or 1 (grey)."""
     center_crop: bool = False
     """Crop the centre instead of a random place (random as in train_unconditional)."""
     random_flip: bool = False
     """Mirror each image left to right with probability one half."""
+    variants: Count | None = None
+    """Crops and flips that each image gets, in turns of an epoch each; unset: new ones in every epoch."""
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] = "bilinear"
     """Filter of the resize, antialiased (bilinear as in train_unconditional)."""
     preparation: Literal["standard", "iddpm"] = "standard"
@@ -70,17 +88,59 @@ class Data:
     """Loader processes per training process; unset: as many as help, at most 8."""
 
     def __post_init__(self) -> None:
-        if self.dataset_name is not None and self.train_data_dir is not None:
-            raise ValueError(
-                f"data.dataset_name ({self.dataset_name}) and data.train_data_dir ({self.train_data_dir}) both name "
-                "the data: give one of them"
-            )
+        names = ("dataset_name", "train_data_dir", "dataset_config")
+        given = [f"data.{name} ({value})" for name in names if (value := getattr(self, name)) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given[:2])} both name the data: give one of them")
+        others = {"streaming": False, "split": "train", "revision": None, "dataset_config_name": None}
+        for name, unset in others.items() if self.dataset_config is not None else ():
+            if getattr(self, name) != unset:
+                raise ValueError(f"data.{name} is not for the folders that data.dataset_config lists: remove it")
         if self.preparation == "iddpm" and self.image_interpolation_mode != "bilinear":
             raise ValueError(
                 f"data.image_interpolation_mode is {self.image_interpolation_mode}, but data.preparation iddpm has its "
                 "own filters (box, then bicubic): remove one of them"
             )
+        if self.variants is not None and self.is_deterministic:
+            raise ValueError(
+                f"data.variants is {self.variants}, but data.center_crop or data.preparation iddpm without "
+                "data.random_flip makes the same of an image in every epoch: remove it"
+            )
+        self._refuse_what_has_no_buckets()
         self._refuse_what_does_not_stream()
+
+    def _refuse_what_has_no_buckets(self) -> None:
+        if self.buckets == "none":
+            names = ("bucket_step", "bucket_min_side", "bucket_max_side")
+            given = [name for name in names if getattr(self, name) is not None]
+            for name in given + ["bucket_upscale"] * (not self.bucket_upscale):
+                raise ValueError(
+                    f"data.{name} is {getattr(self, name)}, but all images are {self.resolution}x{self.resolution}: "
+                    "remove it, or set data.buckets auto"
+                )
+            return
+        if self.preparation == "iddpm":
+            raise ValueError("data.preparation iddpm crops a square: remove it, or data.buckets")
+        if self.shortest_side > self.resolution or self.longest_side < self.resolution:
+            raise ValueError(
+                f"data.resolution {self.resolution} must lie between data.bucket_min_side ({self.shortest_side}) and "
+                f"data.bucket_max_side ({self.longest_side}), as the square is one of the buckets: change one of them"
+            )
+
+    @property
+    def shortest_side(self) -> int:
+        """Of a bucket, in pixels."""
+        return self.bucket_min_side or self.resolution // 2
+
+    @property
+    def longest_side(self) -> int:
+        """Of a bucket, in pixels."""
+        return self.bucket_max_side or 2 * self.resolution
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether the settings leave nothing of the crop and the flip to chance."""
+        return (self.center_crop or self.preparation == "iddpm") and not self.random_flip
 
     def _refuse_what_does_not_stream(self) -> None:
         if not self.streaming:
@@ -90,6 +150,11 @@ class Data:
                     "one permutation of all rows: remove it, or set data.streaming true"
                 )
             return
+        if self.buckets != "none":
+            raise ValueError(
+                "data.buckets auto needs the sizes of all images before training, which data.streaming does not read: "
+                "remove data.streaming, or data.buckets"
+            )
         if self.train_data_dir is not None:
             raise ValueError(
                 f"data.train_data_dir ({self.train_data_dir}) is a folder of images, but data.streaming reads Parquet "

@@ -22,6 +22,7 @@ RENAMED = {
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "proportion_empty_prompts": "conditioning.condition_dropout",
+    "cache_latents": "cache.latents",
     "revision": "model.revision",
     "pretrained_vae_model_name_or_path": "space.vae",
 }
@@ -107,7 +108,6 @@ REFUSED = {
     # precision and speed
     "enable_xformers_memory_efficient_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",
     "enable_npu_flash_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",
-    "cache_latents": "not an option of training: remove it",
     "upcast_before_saving": "remove it: weights are trained and saved in float32",
     # EMA
     "offload_ema": "not offered: the averages stay on the training device; remove it",

@@ -181,7 +181,7 @@ def _override(draft: Draft, over: Draft) -> None:
 
 def _require_data(draft: Draft) -> None:
     """From Python a data set can be handed over; a command line has to name one."""
-    names = ("data.dataset_name", "data.train_data_dir")
+    names = ("data.dataset_name", "data.train_data_dir", "data.dataset_config")
     given = [draft.given[name].value for name in names if name in draft.given]
     if all(value is None for value in given) and draft.suspect.isdisjoint((*names, "data")):
         draft.refuse(

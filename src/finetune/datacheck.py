@@ -26,7 +26,6 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from finetune.config import Data
-from finetune.data_changes import fingerprint
 from finetune.durable import write
 from finetune.errors import DataError
 from finetune.folder import MOST_LISTED, Problem
@@ -34,8 +33,9 @@ from finetune.images import BadRow, decode, strict_pillow
 from finetune.rows import Row, Rows, Unreadable
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a name must not forge lines of a report
+IMAGE_DIGEST = 16  # bytes of the digest of an image that are kept
 CHUNK = 32  # rows that one thread reads at a time
-VERSION = 3  # of what a check does and stores; raise it with either
+VERSION = 4  # of what a check does and stores; raise it with either
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +47,10 @@ class Report:
     """The rows that cannot be used."""
     digests: np.ndarray
     """[rows checked] int64: identifies images, captions and label of a usable row, wherever they are stored; else 0."""
+    images: np.ndarray
+    """[rows checked, 16] uint8: identifies the stored bytes of the image alone of a usable row; else 0."""
+    sizes: np.ndarray
+    """[rows checked, 2] int32: height and width of the upright image of a usable row, in pixels; else 0."""
     facts: dict[str, Any]
     """Numbers about the usable rows, all of JSON's types."""
 
@@ -60,6 +64,7 @@ class _Checked:
     passing: bool = False
     """Whether the problem may pass while the file stays as it is."""
     digest: int = 0
+    image: bytes = bytes(IMAGE_DIGEST)
     size: tuple[int, int] = (0, 0)
     traits: frozenset[str] = frozenset()
     captions: tuple[str, ...] = ()
@@ -76,8 +81,11 @@ def check(rows: Rows, numbers: np.ndarray, rules: Data, *, factor: int = 1, prog
         return known
     checked = _check_all(rows, numbers, rules, factor, progress)
     good = [row for row in checked if not row.problem]
+    bad = {row.number: row.problem for row in checked if row.problem}
     digests = np.array([row.digest for row in checked], np.int64)
-    report = Report({row.number: row.problem for row in checked if row.problem}, digests, _facts(rows, good, rules))
+    images = np.frombuffer(b"".join(row.image for row in checked), np.uint8).reshape(-1, IMAGE_DIGEST)
+    sizes = np.array([row.size[::-1] for row in checked], np.int32).reshape(-1, 2)
+    report = Report(bad, digests, images, sizes, _facts(rows, good, rules))
     if not any(row.passing for row in checked):
         _store(entry, files, report)
     return report
@@ -96,6 +104,10 @@ def _escaped(control: re.Match[str]) -> str:
 
 
 def _check_all(rows: Rows, numbers: np.ndarray, rules: Data, factor: int, progress: bool) -> list[_Checked]:
+    """What each row is. A repeated image is checked once, and what that found stands for all of its rows."""
+    same = numbers if rows.subsets is None else rows.subsets.first[numbers]
+    _, once, of = np.unique(same, return_index=True, return_inverse=True)
+    numbers = numbers[once]
     chunks = [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
     checked: list[_Checked] = []
     bar = tqdm(total=len(numbers), desc="check data", unit="image", delay=2, disable=None if progress else True)
@@ -105,7 +117,7 @@ def _check_all(rows: Rows, numbers: np.ndarray, rules: Data, factor: int, progre
         ):
             checked += found
             bar.update(len(found))
-    return checked
+    return [checked[i] for i in of]
 
 
 def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
@@ -118,8 +130,17 @@ def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
             _check_pair(decode(small, rules).size, decoded.size, factor)
     except BadRow as problem:
         return _Checked(row.number, Problem(row.name, str(problem)), passing=isinstance(problem, Unreadable))
-    digest = rows.digest(row, content, small)
-    return _Checked(row.number, None, False, digest, decoded.size, decoded.traits, captions or (), label)
+    images = [hashlib.blake2b(image).digest() for image in (content, small) if image]
+    return _Checked(
+        row.number,
+        None,
+        digest=rows.digest(row, images),
+        image=images[0][:IMAGE_DIGEST],
+        size=decoded.size,
+        traits=decoded.traits,
+        captions=captions or (),
+        label=label,
+    )
 
 
 def _check_pair(small: tuple[int, int], size: tuple[int, int], factor: int) -> None:
@@ -135,6 +156,7 @@ def _facts(rows: Rows, good: list[_Checked], rules: Data) -> dict[str, Any]:
     facts: dict[str, Any] = {"rows": len(good)}
     if not good:
         return facts
+    good = list({row.number: row for row in good}.values())  # what follows counts repeated images once
     for side, index in (("width", 0), ("height", 1)):
         sizes = [row.size[index] for row in good]
         facts[side] = {"min": min(sizes), "median": statistics.median_low(sizes), "max": max(sizes)}
@@ -150,6 +172,12 @@ def _facts(rows: Rows, good: list[_Checked], rules: Data) -> dict[str, Any]:
             "empty": lengths.count(0),
             "characters": {"min": min(lengths), "median": statistics.median_low(lengths), "max": max(lengths)},
         }
+    if rows.subsets is not None:
+        counts = Counter(int(rows.subsets.of[row.number]) for row in good)
+        parts = zip(rows.subsets.names, rows.subsets.repeats, strict=True)
+        facts["subsets"] = [
+            {"name": name, "images": counts[part], "repeats": repeats} for part, (name, repeats) in enumerate(parts)
+        ]
     if rows.class_names is not None:
         counts = Counter(row.label for row in good)
         facts["classes"] = {name: counts[index] for index, name in enumerate(rows.class_names)}
@@ -183,6 +211,7 @@ def _cache_entry(rows: Rows, numbers: np.ndarray, rules: Data, factor: int) -> P
         VERSION, PIL.__version__, rows.dataset._fingerprint, rows.folders, rows.image_column, rows.caption_columns,
         rows.label_column, rows.class_names, settings, rules.max_aspect_ratio, _digest(numbers.tobytes()),
         rows.low_res_column, factor, rows.label_from_filename,
+        *(() if rows.subsets is None else (rows.subsets.names, rows.subsets.repeats, rows.subsets.wording)),
     )  # fmt: skip
     name = f"{_digest(repr(what).encode())}.safetensors"
     return Path(datasets.config.HF_CACHE_HOME) / "finetune" / "datacheck" / name
@@ -192,8 +221,9 @@ def _load(entry: Path, files: str) -> Report | None:
     """The stored report, if it is whole and of files as they are now."""
     try:
         with safe_open(entry, framework="numpy") as stored:
-            known, digests = json.loads(stored.metadata()["report"]), stored.get_tensor("digests")
-        if fingerprint(digests) != known["fingerprint"]:
+            known = json.loads(stored.metadata()["report"])
+            arrays = [stored.get_tensor(name) for name in ("digests", "images", "sizes")]
+        if [_digest(array.tobytes()) for array in arrays] != known["contents"]:
             raise ValueError("its content is not what was written")
     except FileNotFoundError:
         return None
@@ -201,7 +231,7 @@ def _load(entry: Path, files: str) -> Report | None:
         logger.warning("the stored check of the data, %s, cannot be read and is made anew: %s", entry, error)
         return None
     bad = {number: Problem(name, reason) for number, name, reason in known["bad"]}
-    return Report(bad, digests, known["facts"]) if known["files"] == files else None
+    return Report(bad, *arrays, known["facts"]) if known["files"] == files else None
 
 
 def _store(entry: Path, files: str, report: Report) -> None:
@@ -210,11 +240,13 @@ def _store(entry: Path, files: str, report: Report) -> None:
     files: as they were before they were read, so that one that changes meanwhile is checked again by the next run.
     """
     bad = [[number, *problem] for number, problem in report.bad.items()]
-    known = {"bad": bad, "facts": report.facts, "files": files, "fingerprint": fingerprint(report.digests)}
+    tensors = {"digests": report.digests, "images": report.images, "sizes": report.sizes}
+    contents = [_digest(array.tobytes()) for array in tensors.values()]
+    known = {"bad": bad, "facts": report.facts, "files": files, "contents": contents}
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         aside = entry.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")
-        write(aside, [save({"digests": report.digests}, metadata={"report": json.dumps(known)})])
+        write(aside, [save(tensors, metadata={"report": json.dumps(known)})])
         aside.replace(entry)
     except OSError as error:
         logger.warning("the check of the data cannot be kept for the next run: %s", error)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from finetune import checkpoint, retention
 from finetune.config import Ema as EmaConfig
 from finetune.errors import surviving
+from finetune.sharding import sharded
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Ema:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the model holds the first average; pointers are swapped, nothing is copied."""
+        """Inside, the model holds the first average; pointers are swapped, nothing but sharded parameters is copied."""
         average = next(iter(self.averages.values()))
         self._swap(average)
         try:
@@ -70,7 +71,12 @@ class Ema:
 
     def _swap(self, average: dict[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
-            parameter.data, average[name] = average[name], parameter.data
+            if sharded([parameter]):  # FSDP2 gathers from memory of its own, whatever the parameter points at
+                now = parameter.detach().clone()
+                parameter.detach().copy_(average[name])
+                average[name].copy_(now)
+            else:
+                parameter.data, average[name] = average[name], parameter.data
 
     @torch.no_grad()
     def load(self, updates: int, averages: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config_choices import conditions
 from finetune.config_io import load_text
+from finetune.config_validation import Validation
 from finetune.errors import ConfigError, DataError
 from finetune.seeding import PositionRandom, permutation
 
@@ -53,7 +54,7 @@ class Subject:
         The position of a sample is its row, so that what is drawn for it depends on nothing else but the seed.
         """
         from finetune.batching import collate
-        from finetune.data import report_replaced
+        from finetune.samples import report_replaced
 
         told: set[int] = set()
         rows = self.data.rows[permutation(seed, "evaluate", 0, len(self.data))[:num_samples]]
@@ -111,7 +112,7 @@ def load_subject(
     facts = {
         "step": found.step,
         "weights": "of the last step" if part == "model" else part,
-        "data": data or cfg.data.train_data_dir or cfg.data.dataset_name,
+        "data": data or cfg.data.train_data_dir or cfg.data.dataset_name or cfg.data.dataset_config,
         "split": measured.rules.split,
         "data_fingerprint": measured.fingerprint,
         "is_training_data": measured.fingerprint == trained["data_fingerprint"],
@@ -156,12 +157,13 @@ def _on(cfg: TrainConfig, data: str | None, split: str | None) -> TrainConfig:
     """The config with the data that are measured on, prepared without chance."""
     rules = replace(cfg.data, center_crop=True, random_flip=False, split=split or cfg.data.split)
     if data is not None:
-        rules = replace(rules, dataset_name=data, train_data_dir=None, dataset_config_name=None, revision=None,
+        rules = replace(rules, dataset_name=data, train_data_dir=None, dataset_config=None, dataset_config_name=None,
+                        revision=None,
                         split=split or "train", max_train_samples=None, streaming=False,
                         shuffle_buffer_size=None)  # fmt: skip
-    if rules.dataset_name is None and rules.train_data_dir is None:
+    if rules.dataset_name is None and rules.train_data_dir is None and rules.dataset_config is None:
         raise ConfigError("the run's data were passed from Python: name the data to measure on with --data")
-    return replace(cfg, data=rules)
+    return replace(cfg, data=rules, validation=Validation() if data or split else cfg.validation)
 
 
 def _part(cfg: TrainConfig, average: str | None) -> str:

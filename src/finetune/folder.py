@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from finetune.errors import DataError
 from finetune.images import EXTENSIONS, FORMATS
@@ -45,6 +47,20 @@ class Listing:
     """What is not looked into or not opened: see `_walk`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subsets:
+    """The parts of data whose images come several times per epoch, each time as a row of its own (sd-scripts)."""
+
+    names: tuple[str, ...]
+    repeats: tuple[int, ...]
+    wording: tuple[Mapping[str, Any], ...]
+    """Settings of `captions` that a part has instead of the run's."""
+    of: np.ndarray
+    """[rows] int64: the part of each row."""
+    first: np.ndarray
+    """[rows] int64: the number of the first row of the same image and caption."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder of images, read."""
@@ -56,6 +72,7 @@ class Folder:
     problems: list[Problem]
     lines: list[str] | None
     """Where the metadata tells of each row, such as "metadata.jsonl:7"; None without metadata."""
+    subsets: Subsets | None = None
 
 
 def scan(root: Path) -> Listing:

@@ -48,7 +48,7 @@ class Prepared:
     """What training sees of an image."""
 
     pixels: torch.Tensor
-    """[channels, resolution, resolution] float32 in [-1, 1]."""
+    """[channels, height, width] float32 in [-1, 1]."""
     time_ids: tuple[int, ...]
     """SDXL's sizes (Podell et al. 2023): height and width of the upright image; top and left of the crop, in pixels of
     the resized image and, if it is mirrored, of the mirrored one; height and width of the training image."""
@@ -114,26 +114,29 @@ def prepare(
     seed: int,
     epoch: int,
     row: int,
+    shape: tuple[int, int] | None = None,
     small: Image.Image | None = None,
     factor: int = 1,
 ) -> Prepared:
-    """Resize the short side to `rules.resolution`, crop, mirror.
+    """Resize to just cover the training image, crop, mirror.
 
-    `image` is what `decode` gives. The crop and the mirroring are functions of (seed, epoch, row). A square image of
-    the right size without mirroring keeps every pixel: value v of 0..255 becomes v / 127.5 - 1. small: the same picture
-    at 1/factor of the size, prepared alike; the crop then lies on whole pixels of it.
+    `image` is what `decode` gives. shape: height and width of the training image; without it, the square of
+    `rules.resolution`. The crop and the mirroring are functions of (seed, epoch, row). An image of the right size
+    without mirroring keeps every pixel: value v of 0..255 becomes v / 127.5 - 1. small: the same picture at 1/factor of
+    the size, prepared alike; the crop then lies on whole pixels of it.
     """
-    side, original = rules.resolution, (image.height, image.width)
-    image = _resized(image, rules, side)
-    coarse = image if small is None else _resized(small, rules, side // factor)
-    top, left = _corner(coarse, rules, side // factor, key(seed, "crop", epoch, row))
+    shape, original = shape or (rules.resolution, rules.resolution), (image.height, image.width)
+    small_shape = shape[0] // factor, shape[1] // factor
+    image = _resized(image, rules, shape)
+    coarse = image if small is None else _resized(small, rules, small_shape)
+    top, left = _corner(coarse, rules, small_shape, key(seed, "crop", epoch, row))
     top, left = top * factor, left * factor
     flip = bool(rules.random_flip and key(seed, "flip", epoch, row) % 2)
-    seen_left = image.width - side - left if flip else left
+    seen_left = image.width - shape[1] - left if flip else left
     return Prepared(
-        pixels=_cut(image, rules, (top, left), side, flip),
-        time_ids=(*original, top, seen_left, side, side),
-        low_res=None if small is None else _cut(coarse, rules, (top // factor, left // factor), side // factor, flip),
+        pixels=_cut(image, rules, (top, left), shape, flip),
+        time_ids=(*original, top, seen_left, *shape),
+        low_res=None if small is None else _cut(coarse, rules, (top // factor, left // factor), small_shape, flip),
     )
 
 
@@ -142,24 +145,36 @@ def to_pixels(image: Image.Image, rules: Data, *, seed: int, epoch: int, row: in
     return prepare(image, rules, seed=seed, epoch=epoch, row=row).pixels
 
 
-def _resized(image: Image.Image, rules: Data, side: int) -> Image.Image:
-    """The image with its short side at `side`.
+def covering(size: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    """The smallest height and width in the proportions of `size` that cover `shape`, the longer truncated.
 
-    By `preparation iddpm` as improved-diffusion makes it (Nichol & Dhariwal 2021), which rounds the long side where
-    F.resize truncates it.
+    For a square they are those of torchvision's resize of the short side.
+    """
+    (height, width), (high, wide) = size, shape
+    if height * wide > width * high:
+        return height * wide // width, wide
+    return high, width * high // height
+
+
+def _resized(image: Image.Image, rules: Data, shape: tuple[int, int]) -> Image.Image:
+    """The image at the size that just covers `shape`.
+
+    By `preparation iddpm` as improved-diffusion makes it (Nichol & Dhariwal 2021), which rounds the long side.
     """
     if rules.preparation != "iddpm":
         mode = InterpolationMode(rules.image_interpolation_mode)
-        return F.resize(image, [side], interpolation=mode, antialias=True)
+        size = covering((image.height, image.width), shape)
+        return F.resize(image, list(size), interpolation=mode, antialias=True)
+    side, _ = shape  # a square
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
-def _corner(image: Image.Image, rules: Data, side: int, drawn: int) -> tuple[int, int]:
+def _corner(image: Image.Image, rules: Data, shape: tuple[int, int], drawn: int) -> tuple[int, int]:
     """Top and left of the crop; drawn: 64 random bits, which modulo n are uniform up to n / 2**64."""
-    tops, lefts = image.height - side, image.width - side
+    tops, lefts = image.height - shape[0], image.width - shape[1]
     if rules.preparation == "iddpm":
         return tops // 2, lefts // 2
     if rules.center_crop:
@@ -167,8 +182,10 @@ def _corner(image: Image.Image, rules: Data, side: int, drawn: int) -> tuple[int
     return divmod(drawn % ((tops + 1) * (lefts + 1)), lefts + 1)
 
 
-def _cut(image: Image.Image, rules: Data, corner: tuple[int, int], side: int, flip: bool) -> torch.Tensor:
-    image = F.crop(image, *corner, side, side)
+def _cut(
+    image: Image.Image, rules: Data, corner: tuple[int, int], shape: tuple[int, int], flip: bool
+) -> torch.Tensor:
+    image = F.crop(image, *corner, *shape)
     if flip:
         image = F.horizontal_flip(image)
     pixels = F.pil_to_tensor(image)
@@ -176,7 +193,7 @@ def _cut(image: Image.Image, rules: Data, corner: tuple[int, int], side: int, fl
         pixels = pixels / 127.5 - 1
     else:
         pixels = pixels.clamp(0, 1) * 2 - 1  # bicubic and lanczos overshoot; 8-bit images were clipped by the resize
-    return pixels.expand(rules.channels, side, side)
+    return pixels.expand(rules.channels, *shape)
 
 
 def background_rgb(colour: str) -> tuple[int, int, int]:

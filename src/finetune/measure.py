@@ -37,7 +37,8 @@ def spread(
 ) -> Spread:
     """Of the first `num_samples` samples of the run that `cfg` describes (an epoch at most), as the network sees them.
 
-    They come from the loader of the training with its crops and mirrors; latents are samples of the VAE's posterior.
+    They come from the loader of the training with its crops and mirrors (squares, as long as `data` is in no buckets,
+    which depend on the UNet); latents are samples of the VAE's posterior.
     Float64 sums; a channel's deviation is from its own mean, that of all values from the mean of all.
     """
     import torch
@@ -99,7 +100,8 @@ def sigma_data_main(argv: list[str] | None = None) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     data, space = open_data(cfg), build_space(cfg, device)
     found = spread(cfg, data, space, num_samples=args.num_samples, batch_size=args.batch_size, device=device)
-    print(f"x0 of {found.samples} images, {cfg.space.kind} space, {space.channels}x{space.size}x{space.size}")
+    squares = " (the squares of data.resolution: data.buckets needs the UNet)" if cfg.data.buckets != "none" else ""
+    print(f"x0 of {found.samples} images, {cfg.space.kind} space, {space.channels}x{space.size}x{space.size}{squares}")
     print(f"  all values  mean {found.mean:8.4f}  std {found.std:.4f}")
     for channel, (mean, std) in enumerate(zip(found.channel_means, found.channel_stds, strict=True)):
         print(f"  channel {channel:<3} mean {mean:8.4f}  std {std:.4f}")

@@ -18,7 +18,7 @@ from finetune.lora_loading import load_into
 from finetune.models import UNet, build_unet
 from finetune.objective import Objective, build_objective
 from finetune.pretrained import lora_file
-from finetune.space import Space, build_space
+from finetune.space import LatentSpace, Space, build_space
 from finetune.text_conditions import Text
 
 if TYPE_CHECKING:
@@ -71,6 +71,16 @@ class Modules:
     def has_dropout(self) -> bool:
         """Whether the network draws masks by torch's own random state."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.unet.modules())
+
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of a training image must be multiples of, in pixels: VAE and UNet reduce them by it."""
+        return self.space.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @property
+    def frozen(self) -> list[LatentSpace | Text]:
+        """What holds a frozen model."""
+        return [each for each in (self.space, *self.conditioner.parts.values()) if isinstance(each, LatentSpace | Text)]
 
     @property
     def parameters_frozen(self) -> int:

@@ -25,14 +25,14 @@ from finetune.seeding import permutation
 
 
 class Order(Protocol):
-    """The rows of each epoch, in order."""
+    """The rows of the run, in order."""
 
     def __len__(self) -> int:
         """The number of rows of an epoch."""
         ...
 
-    def row_at(self, epoch: int, index: int) -> int:
-        """The number of the row that comes at `index`, 0 to n - 1, of an epoch."""
+    def place(self, position: int) -> tuple[int, int]:
+        """For which time, from 0, which row comes at a position of the run: (epoch, number of the row)."""
         ...
 
 
@@ -79,7 +79,24 @@ class Units:
         return Units(self.starts[chosen], counts[chosen])
 
 
-class RowOrder:
+class EpochOrder:
+    """Epochs of all rows that follow one another."""
+
+    def __len__(self) -> int:
+        """The number of rows of an epoch."""
+        raise NotImplementedError
+
+    def row_at(self, epoch: int, index: int) -> int:
+        """The number of the row that comes at `index`, 0 to n - 1, of an epoch."""
+        raise NotImplementedError
+
+    def place(self, position: int) -> tuple[int, int]:
+        """See `Order`."""
+        epoch, index = divmod(position, len(self))
+        return epoch, self.row_at(epoch, index)
+
+
+class RowOrder(EpochOrder):
     """A permutation of all rows in each epoch."""
 
     def __init__(self, rows: np.ndarray, *, seed: int) -> None:
@@ -91,11 +108,11 @@ class RowOrder:
         return len(self.rows)
 
     def row_at(self, epoch: int, index: int) -> int:
-        """See `Order`."""
+        """See `EpochOrder`."""
         return int(self._epoch(epoch)[index])
 
 
-class UnitOrder:
+class UnitOrder(EpochOrder):
     """Lanes over permuted units, as described at the top."""
 
     def __init__(self, units: Units, *, seed: int, buffer_size: int, global_batch: int) -> None:
@@ -116,7 +133,7 @@ class UnitOrder:
         return len(self.units)
 
     def row_at(self, epoch: int, index: int) -> int:
-        """See `Order`."""
+        """See `EpochOrder`."""
         lane, turn = self._turn(index)
         rounds, rest = divmod(len(self), self.lanes)
         place = lane * rounds + min(lane, rest) + turn  # in the sequence; the first `rest` lanes have one row more

@@ -52,6 +52,8 @@ def condition_settings(conditioner: Conditioner, cfg: TrainConfig) -> dict[str, 
         label.condition(cfg.sample.class_labels)
         names = list(label.class_names) if label.class_names else None
         settings |= {"num_classes": label.num_classes, "class_names": names}
+    if isinstance(text := parts.get("text"), TextSequence):
+        settings["chunks"] = text.chunks
     if low_res := parts.get("low_res"):
         settings["low_res_side"] = low_res.side
     return settings
@@ -85,6 +87,7 @@ def conditioner_of(pipeline: UNetPipeline) -> Conditioner:
             parts[kind] = PooledText(pipeline.text_encoder_2, pipeline.tokenizer_2, **options)
         else:
             cls = {"pooled_text": PooledText, "text": TextSequence}[kind]
+            options |= {"chunks": config.chunks} if kind == "text" else {}
             parts[kind] = cls(pipeline.text_encoder, pipeline.tokenizer, **options)
     return assembled(parts)
 

@@ -65,6 +65,7 @@ class UNetPipeline(DiffusionPipeline):
         zero_nulls: str = "",
         dropped: str | None = None,
         low_res_side: int | None = None,
+        chunks: int = 1,
         trained_respacing: str | None = None,
         rescale_timesteps: bool = False,
         num_inference_steps: int | None = None,
@@ -82,6 +83,7 @@ class UNetPipeline(DiffusionPipeline):
         tokenizer_2: of the pooled text, if it has its own. guide: the weaker network of autoguidance. zero_nulls: the
         conditions whose absence is zero, not an index or the empty prompt; dropped: those that training dropped, which
         guidance extrapolates from (unset: all; empty: none); both joined by "+". low_res_side: of the small image.
+        chunks: of 75 tokens each, in which the text sequence is read.
 
         solver: one of samplers.SOLVERS, with a scheduler of EDM or rectified flow; the others are their own solvers.
         trained_respacing, rescale_timesteps: as in the objective. The rest are the defaults of the call's arguments of
@@ -93,6 +95,7 @@ class UNetPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide=guide, **text)
         self.register_to_config(conditioning=conditioning, num_classes=num_classes, class_names=class_names)
         self.register_to_config(zero_nulls=zero_nulls, dropped=dropped, low_res_side=low_res_side)
+        self.register_to_config(chunks=chunks)
         self.register_to_config(solver=solver, trained_respacing=trained_respacing, rescale_timesteps=rescale_timesteps)
         self.register_to_config(num_inference_steps=num_inference_steps, respacing=respacing, eta=eta)
         self.register_to_config(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
@@ -292,6 +295,6 @@ def _is_stable_diffusion(unet: UNet, space: Space, conditioner: Conditioner) -> 
     """Whether StableDiffusionPipeline would sample what was trained: it has no shift and wants sides divisible by 8."""
     if not (isinstance(unet, UNet2DConditionModel) and isinstance(space, LatentSpace) and conditioner.kind == "text"):
         return False
-    if conditioner.parts["text"].null != "empty_prompt":
+    if conditioner.parts["text"].null != "empty_prompt" or conditioner.parts["text"].chunks > 1:
         return False
     return not space.vae.config.shift_factor and space.size * space.factor % 8 == 0

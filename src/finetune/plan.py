@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from finetune.config import TrainConfig
-from finetune.config_choices import conditions
+from finetune.config_choices import SequenceCondition, conditions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,16 +16,21 @@ if TYPE_CHECKING:
     from finetune.resume import Resumed
     from finetune.trainer import Trainer
 
+MOST_SUBSETS = 4  # that the plan names
+
 
 def plan_text(trainer: Trainer) -> str:
-    """The plan of `trainer` as an aligned table of at most 20 lines."""
+    """The plan of `trainer` as an aligned table of at most 21 lines."""
     cfg, modules, processes = trainer.cfg, trainer.modules, trainer.accelerator.num_processes
     return table(
         {
             "data": data_line(trainer.data.facts, cfg),
+            "buckets": buckets_line(trainer.data.facts, trainer.global_batch),
+            "captions": captions_line(trainer.data.facts, cfg),
             "classes": classes_line(trainer.data.facts),
             "space": f"{cfg.space.kind}, x0 {modules.space.channels}x{modules.space.size}x{modules.space.size}",
             "conditioning": conditioning_line(cfg),
+            "cache": trainer.cached,
             "model": model_line(modules),
             "adapter": adapter_line(cfg, modules.unet),
             "objective": objective_line(cfg),
@@ -35,12 +40,14 @@ def plan_text(trainer: Trainer) -> str:
             f"{trainer.steps * trainer.global_batch / len(trainer.data):.4g} epochs",
             "optimizer": optimizer_line(cfg),
             "averages": averages_line(cfg),
-            "device": f"{processes} x {trainer.accelerator.device.type}, network in "
+            "device": f"{processes} x {trainer.accelerator.device.type}"
+            f"{', the weights sharded over them (FSDP2)' * trainer.accelerator.shards}, network in "
             f"{trainer.accelerator.mixed_precision.replace('no', 'float32')}, seed {cfg.seed}",
             "start": start_line(trainer.resumed),
             "changed": changed_line(trainer.resumed),
             "checkpoints": checkpoints_line(modules, cfg),
             "snapshots": snapshots_line(modules, cfg, trainer.steps),
+            "validation": validation_line(trainer),
             "samples": samples_line(cfg),
             "output": str(trainer.output_dir),
             "push": push_line(cfg, trainer.output_dir.resolve().name),
@@ -67,8 +74,11 @@ def table(rows: Mapping[str, str]) -> str:
 
 def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
     """Source, rows, sizes, and what happens to them."""
-    source = cfg.data.train_data_dir or cfg.data.dataset_name or "from Python"
+    source = cfg.data.train_data_dir or cfg.data.dataset_config or cfg.data.dataset_name or "from Python"
     parts = [f"{source}: {facts['rows']:,} images"]
+    if subsets := facts.get("subsets"):
+        shown = ", ".join(f"{one['name']} {one['images']:,} x {one['repeats']:,}" for one in subsets[:MOST_SUBSETS])
+        parts[0] += f" by repeats ({shown}{', ...' * (len(subsets) > MOST_SUBSETS)})"
     if facts["left_out"]:
         parts.append(f"{facts['left_out']:,} left out")
     if "shards" in facts:
@@ -77,11 +87,45 @@ def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
     width, height = facts["width"], facts["height"]
     smallest, largest = f"{width['min']}x{height['min']}", f"{width['max']}x{height['max']}"
     sizes = smallest if smallest == largest else f"{smallest} to {largest}"
-    parts.append(f"{sizes} -> {cfg.data.resolution}x{cfg.data.resolution}")
+    about = "about " if "buckets" in facts else ""
+    parts.append(f"{sizes} -> {about}{cfg.data.resolution}x{cfg.data.resolution}")
     if facts["upscaled"]:
         parts.append(f"{facts['upscaled']:,} upscaled")
     if "captions" in facts:
         parts.append(f"{facts['captions']['count']:,} captions ({facts['captions']['empty']:,} empty)")
+    return ", ".join(parts)
+
+
+def buckets_line(facts: Mapping[str, Any], global_batch: int) -> str:
+    """How many shapes, how much of the images they cut off, how many are smaller than a batch; empty without."""
+    found = facts.get("buckets")
+    if not found:
+        return ""
+    images, cropped = found["images"], found["cropped"]
+    shapes, fewest = list(images), min(images, key=images.get)
+    line = (
+        f"{len(images)} from {shapes[-1]} to {shapes[0]} by {found['step']}, {cropped['mean']:.1%} cropped "
+        f"({cropped['max']:.1%} at most), fewest images {images[fewest]:,} ({fewest})"
+    )
+    if small := sum(count < global_batch for count in images.values()):
+        line += f"; {small} with less than a batch, which then repeats some"
+    return line
+
+
+def captions_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
+    """What is made of the captions, and how many are cut; empty if nothing is."""
+    captions, found = cfg.captions, facts.get("captions", {})
+    parts = [f"{name} {text!r}" for name in ("trigger_word", "prefix", "suffix") if (text := getattr(captions, name))]
+    parts += ["tags shuffled"] * captions.shuffle
+    parts += [f"{captions.tag_dropout:.4g} of the tags dropped"] * bool(captions.tag_dropout)
+    if found.get("truncated"):
+        tokens, several = found["tokens"], cfg.conditioning.kind == "several"
+        raisable = isinstance(conditions(cfg.conditioning).get("text"), SequenceCondition)
+        remedy = f"; raise conditioning.{'text.' * several}chunks" if raisable else ""
+        parts.append(
+            f"{found['truncated']:,} of {found['texts']:,} different captions are cut to {tokens['limit']} tokens, the "
+            f"longest has {tokens['longest']}{remedy}"
+        )
     return ", ".join(parts)
 
 
@@ -111,7 +155,8 @@ def model_line(modules: Modules) -> str:
     frozen = modules.parameters_frozen + sum(p.numel() for p in modules.unet.parameters() if not p.requires_grad)
     beside = ", the text encoder too" * bool(modules.text)
     trained = f"{count(count_of(modules.averaged))} parameters trained{beside}"
-    return f"{type(modules.unet).__name__}, {trained}, {count(frozen)} frozen"
+    name = type(modules.unet).__name__.removeprefix("FSDP")
+    return f"{name}, {trained}, {count(frozen)} frozen"
 
 
 def count_of(parameters: Mapping[str, nn.Parameter]) -> int:
@@ -205,6 +250,17 @@ def snapshots_line(modules: Modules, cfg: TrainConfig, steps: int) -> str:
         return ""
     size = len(cfg.ema.relative_widths) * 4 * count_of(modules.averaged) / 1e6
     return f"of the averages every {every:,} steps, all kept: {-(-steps // every):,} x {size:,.1f} MB"
+
+
+def validation_line(trainer: Trainer) -> str:
+    """How many images are held out, what is measured of them and when, and what it costs; empty without any."""
+    if trainer.validation is None:
+        return ""
+    cfg, (held_out, trained) = trainer.cfg.validation, map(len, trainer.validation.rows)
+    return (
+        f"{len(trainer.data.held_out):,} images held out; {held_out:,} of them and {trained:,} others measured every "
+        f"{cfg.every:,} steps in {(held_out + trained) * cfg.levels:,} evaluations of the network"
+    )
 
 
 def samples_line(cfg: TrainConfig) -> str:

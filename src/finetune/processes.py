@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch.distributed import DistError, DistStoreError, PrefixStore, TCPStore
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from finetune import tracking
 from finetune.config import Train, TrainConfig
 from finetune.errors import ConfigError, ProcessError
+from finetune.signals import SIGNALS
 from finetune.watchdog import bounded
 
+UNITS = {"ResnetBlock2D", "BasicTransformerBlock"}
+"""The layers of a UNet whose parameters FSDP2 gathers together; what is in none of them is gathered first."""
 BEAT = 0.25
 """Seconds between two signs of life of a process."""
 
@@ -126,11 +131,45 @@ class Processes(Accelerator):
         """timeout: seconds after which a collective fails, and a process without a sign of life counts as dead."""
         group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
         super().__init__(kwargs_handlers=[group], **settings)
+        self._shard_on_the_cpu_too()
         self.lifeline: Lifeline | None = None
         if self.num_processes > 1:
             name = int(largest(self, secrets.randbits(62) if self.is_main_process else 0))  # restarts share a store
             ranks = {"rank": self.process_index, "processes": self.num_processes}
             self.lifeline = Lifeline(name=f"finetune/{name}", **ranks, patience=timeout)
+
+    @property
+    def shards(self) -> bool:
+        """Whether the network's parameters, gradients and moments are sharded over the processes (FSDP2)."""
+        return self.distributed_type == DistributedType.FSDP
+
+    def _shard_on_the_cpu_too(self) -> None:
+        """Accelerate shards on accelerators only, torch on CPUs as well: there it can be tried without any."""
+        if self.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            self.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if self.shards and self.state.fsdp_plugin.fsdp_version == 2:
+            # Accelerate's policy casts weights and inputs, hence timesteps and SDXL's sizes: of 1023 bfloat16 makes
+            # 1024. Autocast casts what is multiplied, as it does without sharding.
+            self.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+
+    def interrupting(self) -> contextlib.AbstractContextManager:
+        """Inside, a signal raises Interrupted; not with FSDP2, where no process may leave the others amid an
+        evaluation of the network.
+        """
+        return contextlib.nullcontext() if self.shards else SIGNALS.interrupting()
+
+    def prepare(self, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """As Accelerate's, for these two; with FSDP2 under autocast too."""
+        if self.shards:
+            # Accelerate's policy by size takes lists of modules for units, too, which torch refuses.
+            plugin, classes = self.state.fsdp_plugin, {type(module).__name__ for module in network.modules()}
+            plugin.auto_wrap_policy = transformer_auto_wrap_policy
+            plugin.transformer_cls_names_to_wrap = list(UNITS & classes)
+        prepared, optimizer = super().prepare(network, optimizer)
+        if self.shards and self.mixed_precision == "bf16":
+            prepared.forward = torch.autocast(self.device.type, torch.bfloat16)(prepared.forward)
+        return prepared, optimizer
 
     def wait_for_everyone(self) -> None:
         """As Accelerate's, without its time limit. Raises ProcessError if a process ended or gives no sign of life."""
@@ -161,6 +200,16 @@ class Processes(Accelerator):
             raise
         if first:
             self.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def all_together(self) -> Iterator[None]:
+        """Each process does its share inside, and leaves when all have, however long that takes."""
+        try:
+            yield
+        except Exception as error:
+            self.leave(error)
+            raise
+        self.wait_for_everyone()
 
     def leave(self, error: Exception) -> None:
         """Tell the other processes that this one ends, and why."""
@@ -193,13 +242,29 @@ def build_accelerator(cfg: TrainConfig) -> Processes:
         raise ConfigError(f"train.mixed_precision {cfg.train.mixed_precision}: {error}") from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("train.mixed_precision: fp16 needs a GPU, and there is none here: use bf16 or no")
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+    single_or_ddp = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if not accelerator.shards and accelerator.distributed_type not in single_or_ddp:
         raise ConfigError(
-            f"{accelerator.distributed_type.value}: only data-parallel training (DDP) is supported so far; launch with "
-            "configs/accelerate/multi_gpu.yaml"
+            f"{accelerator.distributed_type.value}: only data-parallel training (DDP) and FSDP2 are supported; launch "
+            "with configs/accelerate/multi_gpu.yaml or configs/accelerate/fsdp2.yaml"
         )
+    if accelerator.shards:
+        check_sharding(accelerator, cfg)
     accelerator.gradient_accumulation_steps = 1  # accumulated by the loop, in windows that do not end with an epoch
     return accelerator
+
+
+def check_sharding(accelerator: Processes, cfg: TrainConfig) -> None:
+    """Raise ConfigError for what does not go with FSDP2."""
+    if accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ConfigError("fsdp_version 1 is not supported: set fsdp_version: 2, as configs/accelerate/fsdp2.yaml does")
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError("train.mixed_precision: fp16 does not go with FSDP2: use bf16 or no")
+    settings = {"train.compile": cfg.train.compile, "train.channels_last": cfg.train.channels_last}
+    settings |= {"ema.snapshot_every": cfg.ema.snapshot_every, "sample.autoguidance": cfg.sample.autoguidance}
+    settings |= {"lora": cfg.lora, "train.train_text_encoder": cfg.train.train_text_encoder}
+    if refused := [name for name, value in settings.items() if value]:
+        raise ConfigError(f"{' and '.join(refused)}: does not go with FSDP2, remove it or launch without FSDP")
 
 
 def set_kernels(cfg: Train) -> None:

@@ -148,8 +148,9 @@ def published_config(cfg: TrainConfig) -> TrainConfig:
         within = reduce(lambda at, section: at.get(section) or {}, sections, values)
         if value := within.get(name):
             within[name] = public_name(value)
-    if cfg.data.train_data_dir:
-        values["data"]["train_data_dir"] = _last_part(cfg.data.train_data_dir)
+    for name in ("train_data_dir", "dataset_config"):
+        if value := values["data"][name]:
+            values["data"][name] = _last_part(value)
     if cfg.resume_from_checkpoint != "latest":
         values["resume_from_checkpoint"] = _last_part(cfg.resume_from_checkpoint)
     values["output_dir"] = _last_part(cfg.output_dir)

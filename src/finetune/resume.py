@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 
 from finetune import checkpoint
@@ -81,17 +82,31 @@ def as_the_run_began(data: TrainData, found: Checkpoint | None, accelerator: Acc
     of two processes. Raises DataError if the processes see different data.
     """
     if found is not None:
-        began = found.tensors("data")["digests"].numpy()
+        began = _kept(found)
     else:
-        [began] = broadcast_object_list([data.digests])
-    if len(data.digests) and data.rules.on_error == "skip" and changes_of_rows(began, data.digests).only_unusable:
+        [began] = broadcast_object_list([data.kept])
+    if len(data.digests) and data.rules.on_error == "skip" and _only_unusable(began, data.kept):
         data = data.with_order_of(began)
-    if len(set(gather_object([data.fingerprint]))) > 1:
+    if len(set(gather_object([data.content]))) > 1:
         raise DataError(
             "the processes see different data: give them the same files, or name a commit as data.revision; see that "
             "nothing changes the data while the run starts"
         )
     return data
+
+
+def _kept(found: Checkpoint) -> dict[str, np.ndarray]:
+    """`TrainData.kept` of the run that wrote a checkpoint."""
+    return {name: values.numpy() for name, values in found.tensors("data").items()}
+
+
+def _all(kept: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The digests of all rows, whichever side they are on."""
+    return kept["digests"] + kept.get("held_out", 0)
+
+
+def _only_unusable(began: Mapping[str, np.ndarray], now: Mapping[str, np.ndarray]) -> bool:
+    return began.keys() == now.keys() and changes_of_rows(_all(began), _all(now)).only_unusable
 
 
 def run_facts_of(trainer: Trainer) -> RunFacts:
@@ -134,6 +149,8 @@ def resume(trainer: Trainer, found: Checkpoint) -> Resumed:
             "(or num_train_epochs), or choose another output_dir"
         )
     trainer.state.load(found)
+    if trainer.validation:
+        trainer.validation.load(found)
     if cfg.checkpoint.best_metric in found.state.get("best_metric", ()):
         trainer.saver.note(found.state["best_metric"])
     return Resumed(found, _lines([*differ.allowed, *differ.free], then, now), _promise(differ, then, now))
@@ -160,7 +177,7 @@ def _refusal(path: Path, differ: Changes, then: RunFacts, now: RunFacts) -> str:
 def _rows_in_words(found: Checkpoint, data: TrainData, differ: Changes) -> str:
     """Which rows are other ones, where that is not because other data or other rows of them were asked for."""
     names = [*differ.fixed, *differ.asked, *differ.allowed, *differ.free]
-    rows = changes_of_rows(found.tensors("data")["digests"].numpy(), data.digests)
+    rows = changes_of_rows(_all(_kept(found)), _all(data.kept))
     if not rows or [name for name in names if name.startswith("data.")] != ["data.content"]:
         return ""
     return f"\nThe data: {rows.text(data.name)}."

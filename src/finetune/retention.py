@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -21,12 +22,11 @@ def tidy(root: Path, kept: Kept) -> None:
     Only for the run that holds the lock of its output_dir, and while nothing is being written. Those newer than the
     newest whole one stay for `checkpoint.latest` to judge. A deletion that fails is a warning, and is tried again.
     """
-    there = [path for path in folders(root) if _ours(path)]
-    # By manifest and sizes: the newest was read back when it was written, and is again when it is resumed from.
-    whole = [path for path in there if problem(path, contents=False) is None]
+    judged = _judged(root)
+    whole = [path for path, is_whole in judged.items() if is_whole]
     stay = {*whole[-kept.checkpoints_total_limit :], *_milestones(whole, kept.milestone_steps)}
-    stay |= {path for path in [best(root, kept.best_metric)] if path}
-    for path in there:
+    stay |= {path for path in [_best(whole, kept.best_metric)] if path}
+    for path in judged:
         if whole and path not in stay and step_of(path) < step_of(whole[-1]):
             try:
                 # Renamed first: a deletion that is cut short must not look like a checkpoint.
@@ -41,12 +41,7 @@ def best(root: Path, metric: str | None) -> Path | None:
 
     None if none has a finite one.
     """
-    if metric is None:
-        return None
-    there = filter(_ours, folders(root))
-    values = {path: _value(path, metric) for path in there if problem(path, contents=False) is None}
-    finite = [path for path, value in values.items() if value is not None and math.isfinite(value)]
-    return min(finite, key=lambda path: values[path], default=None)
+    return _best([path for path, is_whole in _judged(root).items() if is_whole], metric)
 
 
 def sweep(root: Path) -> None:
@@ -69,10 +64,22 @@ def _value(path: Path, metric: str) -> float | None:
         return None
 
 
-def _ours(path: Path) -> bool:
-    """Whether a checkpoint can be judged: one of another version, or one that cannot be read now, is left alone."""
-    try:
-        problem(path, contents=False)
-        return True
-    except (OSError, CheckpointError):
-        return False
+def _best(whole: list[Path], metric: str | None) -> Path | None:
+    if metric is None:
+        return None
+    values = {path: _value(path, metric) for path in whole}
+    finite = [path for path, value in values.items() if value is not None and math.isfinite(value)]
+    return min(finite, key=lambda path: values[path], default=None)
+
+
+def _judged(root: Path) -> dict[Path, bool]:
+    """Whether each checkpoint is whole, from the oldest; one of another version, or that cannot be read now, is left
+    out, and so left alone.
+
+    By manifest and sizes: the newest was read back when it was written, and is again when it is resumed from.
+    """
+    judged = {}
+    for path in folders(root):
+        with contextlib.suppress(OSError, CheckpointError):
+            judged[path] = problem(path, contents=False) is None
+    return judged

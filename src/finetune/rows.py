@@ -6,16 +6,19 @@ import hashlib
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
 
+from finetune.captions import whole
 from finetune.config import Data
+from finetune.config_captions import Captions
 from finetune.errors import DataError
-from finetune.folder import is_within
+from finetune.folder import Subsets, is_within
 from finetune.images import BadRow
 from finetune.shards import Shards
 from finetune.sources import Source, with_encoded_images
@@ -61,6 +64,9 @@ class Rows:
     """The column of the small images of super-resolution."""
     label_from_filename: bool = False
     """Whether a class is named by the image's file name, up to its first "_", and label_column is of no account."""
+    subsets: Subsets | None = None
+    wordings: tuple[Captions, ...] = (Captions(),)
+    """What is made of the captions: of each of the `subsets`, or of all rows."""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -157,6 +163,22 @@ class Rows:
             raise BadRow(f"has no caption: the list in column {self.caption_columns[0]!r} is empty")
         return tuple(options)
 
+    def wording(self, row: Row) -> Captions:
+        """What is made of the captions of a row."""
+        return self.wordings[0 if self.subsets is None else self.subsets.of[row.number]]
+
+    def texts(self, numbers: Sequence[int]) -> set[str]:
+        """The different texts of rows, with all tags in their order; rows without one are passed over. Reads no images.
+        """
+        table = self.dataset.select_columns(list(self.caption_columns))[[int(number) for number in numbers]]
+        cells = zip(*(table[column] for column in self.caption_columns), strict=True)
+        found: set[str] = set()
+        for number, captions in zip(numbers, cells, strict=True):
+            row = Row(number=int(number), content=None, path=None, captions=captions, label=None)
+            with suppress(BadRow):
+                found |= {whole(caption, self.wording(row)) for caption in self.captions(row)}
+        return found
+
     def label(self, row: Row) -> int | None:
         """The index into class_names; None if labels are not used. Raises BadRow."""
         if self.class_names is None:
@@ -168,22 +190,28 @@ class Rows:
             raise BadRow(f"has the label {label}, but there are {len(self.class_names)} classes")
         return label
 
-    def digest(self, row: Row, content: bytes, small: bytes = b"") -> int:
+    def digest(self, row: Row, images: Sequence[bytes]) -> int:
         """A number that identifies the images, captions and label of a usable row, wherever they are stored.
 
-        64 bits, signed as numpy's int64, never 0.
+        images: the digest of each. 64 bits, signed as numpy's int64, never 0.
         """
         label = self.label(row)
         name = None if label is None else self.class_names[label]
-        words = repr((self.captions(row), label, name)).encode()
+        own = () if self.subsets is None else (dict(self.subsets.wording[self.subsets.of[row.number]]),)
+        words = repr((self.captions(row), label, name, *filter(None, own))).encode()
         head = len(words).to_bytes(8, "little")
-        images = b"".join(hashlib.blake2b(image).digest() for image in (content, small) if image)
-        total = hashlib.blake2b(head + words + images, digest_size=8).digest()
+        total = hashlib.blake2b(head + words + b"".join(images), digest_size=8).digest()
         return int.from_bytes(total, "little", signed=True) or 1
 
 
-def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows:
-    """The rows of a source by the columns that the configuration names. Raises DataError about a missing column."""
+def rows_of(
+    source: Source, data: Data, *, captions: bool, labels: bool, wording: Captions | None = None
+) -> Rows:
+    """The rows of a source by the columns that the configuration names. Raises DataError about a missing column.
+
+    wording: what is made of captions, as far as no subset has its own; unset: nothing.
+    """
+    wording = wording or Captions()
     dataset, columns = source.dataset, [data.image_column]
     caption_columns: tuple[str, ...] = ()
     _require(source, data.image_column, "data.image_column", "set it to the column that holds the images")
@@ -225,6 +253,8 @@ def rows_of(source: Source, data: Data, *, captions: bool, labels: bool) -> Rows
         class_index=class_index,
         low_res_column=data.low_res_column,
         label_from_filename=named_by_file,
+        subsets=source.subsets,
+        wordings=tuple(replace(wording, **own) for own in source.subsets.wording) if source.subsets else (wording,),
     )
 
 

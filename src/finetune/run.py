@@ -66,6 +66,7 @@ def train(
         trainer = Trainer(cfg, dataset=dataset, objective=objective, trust=trust)
         trainer.accelerator.print(plan_text(trainer))
         trainer.fit()
+        trainer.unshard()
         trainer.accelerator.end_training()  # what follows is the main process's alone: nobody must wait for it
         if trainer.accelerator.is_main_process:
             with trainer.averaged_weights():

@@ -38,6 +38,8 @@ def generate(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
+    rank: int = 0,
+    processes: int = 1,
     **further: Any,
 ) -> list[Image]:
     """Draw num_images images from a UNetPipeline or a stock DDPM, DDIM or StableDiffusion pipeline.
@@ -46,7 +48,8 @@ def generate(
     other images or on the device, and torch's global random state is not touched. Prompts, class labels and images (the
     small ones of super-resolution: PIL, or [n, C, H, W] in [0, 1]) are repeated to fill num_images; without labels, a
     class-conditional pipeline draws each class in turn. num_inference_steps, guidance_scale: unset for the pipeline's
-    own. further: those of FURTHER, for a UNetPipeline. Raises ConfigError for what the pipeline cannot take.
+    own. further: those of FURTHER, for a UNetPipeline. Of several processes each draws, and gets, every so many of the
+    batches. Raises ConfigError for what the pipeline cannot take.
     """
     import torch
 
@@ -56,7 +59,7 @@ def generate(
     options = _options(pipeline, num_inference_steps, guidance_scale, further)
     batch_size = batch_size or batch_for(pipeline)
     drawn: list[Image] = []
-    for start in range(0, num_images, batch_size):
+    for start in range(rank * batch_size, num_images, processes * batch_size):
         n = min(batch_size, num_images - start)
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(n)]
         given: dict[str, Any] = {name: values[start : start + n] for name, values in wanted.items()}
@@ -153,31 +156,57 @@ def _options(
     return options
 
 
-def draw_grid(pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, shown: Batch | None = None) -> None:
-    """Draw the images that cfg.sample asks for and write them to `path` as one labelled grid.
+def draw(
+    pipeline: DiffusionPipeline, cfg: TrainConfig, shown: Batch | None = None, *, rank: int = 0, processes: int = 1
+) -> dict[int, Image]:
+    """The images that cfg.sample asks for, by their number from 0; of several processes, the share of one.
 
-    pipeline: that of build_pipeline for this cfg. shown: of super-resolution, training samples to enlarge by their own
-    captions and classes; each is then small image, drawn image and truth, side by side.
+    Shares are whole batches: an image comes out bit for bit alike however many processes there are. pipeline: that of
+    build_pipeline for this cfg. shown: of super-resolution, training samples to enlarge by their own captions and
+    classes.
     """
-    section, ours = cfg.sample, type(pipeline).__name__ == "UNetPipeline"  # which has the settings itself
-    pipeline.set_progress_bar_config(desc="sampling", leave=False)
-    given: dict[str, Any] = {"prompts": section.prompts, "class_labels": section.class_labels}
-    if shown is not None:
-        small = small_of(pipeline, shown)
-        labels_of = None if shown.class_labels is None else shown.class_labels.tolist()
-        given = {"prompts": shown.captions, "class_labels": labels_of, "images": (small / 2 + 0.5).clamp(0, 1)}
+    ours = type(pipeline).__name__ == "UNetPipeline"  # which has the settings itself
+    n, batch_size = number_of(cfg, shown), batch_for(pipeline)
     images = generate(
         pipeline,
-        num_images=section.num_images if shown is None else len(shown),
-        seed=section.sample_seed,
+        num_images=n,
+        seed=cfg.sample.sample_seed,
         num_inference_steps=None if ours else cfg.sampling_steps,
-        guidance_scale=None if ours else section.guidance_scale,
-        **given,
+        guidance_scale=None if ours else cfg.sample.guidance_scale,
+        batch_size=batch_size,
+        rank=rank,
+        processes=processes,
+        **_asked(pipeline, cfg, shown),
     )
-    labels = captions_of(pipeline, wanted_conditions(pipeline, len(images), **given))
+    return dict(zip((i for i in range(n) if i // batch_size % processes == rank), images, strict=True))
+
+
+def number_of(cfg: TrainConfig, shown: Batch | None = None) -> int:
+    """How many images `draw` draws."""
+    return cfg.sample.num_images if shown is None else len(shown)
+
+
+def _asked(pipeline: DiffusionPipeline, cfg: TrainConfig, shown: Batch | None) -> dict[str, Any]:
+    """The conditions of a run's pictures, as `generate` takes them."""
+    if shown is None:
+        return {"prompts": cfg.sample.prompts, "class_labels": cfg.sample.class_labels}
+    labels = None if shown.class_labels is None else shown.class_labels.tolist()
+    small = (small_of(pipeline, shown) / 2 + 0.5).clamp(0, 1)
+    return {"prompts": shown.captions, "class_labels": labels, "images": small}
+
+
+def write_grid(
+    pipeline: DiffusionPipeline, cfg: TrainConfig, path: Path, images: Sequence[Image], shown: Batch | None = None
+) -> None:
+    """Write all images of `draw` to `path` as one labelled grid.
+
+    With `shown`, each is small image, drawn image and truth, side by side.
+    """
+    labels = captions_of(pipeline, wanted_conditions(pipeline, len(images), **_asked(pipeline, cfg, shown)))
     columns = columns_for(labels)
     if shown is not None:
-        images, columns = triples(small, images, shown.pixel_values), 6
+        small, columns = small_of(pipeline, shown), 6
+        images = triples(small, images, shown.pixel_values)
         labels = [text for label in labels or [""] * len(small) for text in ("small", label or "drawn", "truth")]
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(images, labels, columns=columns).save(path.with_suffix(".tmp"), format="PNG")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from finetune import checkpoint
 from finetune.config import Checkpoint as CheckpointConfig
+from finetune.config_validation import METRICS
 from finetune.errors import CheckpointError, ConfigError, NonFiniteError
 from finetune.processes import largest
 from finetune.retention import tidy
+from finetune.sharding import Parts, gathered, held
 
 if TYPE_CHECKING:
     from finetune.trainer import Trainer
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_MISSED = 3  # checkpoints in a row that a run may do without
-Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 class Saver:
@@ -59,7 +61,7 @@ class Saver:
         Raises ConfigError if that is no number of it.
         """
         name = self._cfg.best_metric
-        if name is None:
+        if name is None or (name in METRICS) != any(metric in numbers for metric in METRICS):  # lines of their own
             return
         if not isinstance(numbers.get(name), int | float):
             known = ", ".join(key for key, value in numbers.items() if isinstance(value, int | float))
@@ -153,6 +155,21 @@ class Saver:
         return copies
 
 
+def parts_of(trainer: Trainer) -> Parts:
+    """The tensors of a checkpoint of this moment; with FSDP2, all processes gather them for the main one."""
+    parts, accelerator = trainer.state.parts(), trainer.accelerator
+    return gathered(parts, keep=accelerator.is_main_process) if accelerator.shards else parts
+
+
+def write_checkpoint(trainer: Trainer, parts: Parts, *, required: bool) -> None:
+    """Write, or begin to, a checkpoint of `parts`, which are those of this moment, and of all else that it keeps."""
+    facts = trainer.state.facts() | {"samples_seen": trainer.state.batches * trainer.global_batch}
+    parts = {**parts, "data": {name: torch.from_numpy(values) for name, values in trainer.data.kept.items()}}
+    if trainer.validation:
+        parts, facts = parts | trainer.validation.parts(), facts | trainer.validation.facts()
+    trainer.saver.save(parts, facts | dataclasses.asdict(trainer.facts), required=required)
+
+
 def nonfinite(parts: Parts) -> list[str]:
     """The parts among the weights and averages that hold a NaN or an infinity.
 
@@ -160,7 +177,8 @@ def nonfinite(parts: Parts) -> list[str]:
     """
     found = []
     for part in parts.keys() - {"optimizer", "objective"}:
-        floats = [tensor for tensor in parts[part].values() if tensor.is_floating_point() and tensor.numel()]
+        own = map(held, parts[part].values())
+        floats = [tensor for tensor in own if tensor.is_floating_point() and tensor.numel()]
         extremes = [torch.stack(tensor.detach().aminmax()).float() for tensor in floats]  # NaN if any element is
         if extremes and not torch.stack(extremes).isfinite().all():
             found.append(part)

@@ -28,7 +28,20 @@ from huggingface_hub import constants
 from finetune.config import Data
 from finetune.config_data import PACK, SHUFFLE_BUFFER_SIZE
 from finetune.errors import ConfigError, DataError
-from finetune.folder import MOST_LISTED, SPLITS, TABLES, Listing, Problem, choose_split, read_folder, scan, unsafe_path
+from finetune.folder import (
+    MOST_LISTED,
+    SPLITS,
+    TABLES,
+    Folder,
+    Problem,
+    Subsets,
+    choose_split,
+    read_folder,
+    scan,
+    unsafe_path,
+)
+from finetune.kohya import layout_of, read_subsets
+from finetune.kohya_config import read_dataset_config
 from finetune.pretrained import commit_of
 from finetune.shards import Shards, open_shards
 
@@ -48,14 +61,18 @@ class Source:
     """What is wrong with it apart from its rows, such as a file that the metadata does not list."""
     lines: list[str] | None = None
     """Where the metadata tells of each row, such as "metadata.jsonl:7"; None without metadata."""
+    subsets: Subsets | None = None
 
 
-def open_source(data: Data, dataset: Dataset | None = None, *, captions: bool = False) -> Source:
-    """Open the data that the configuration names, or `dataset`; captions: whether a.txt beside a.jpg is read.
+def open_source(
+    data: Data, dataset: Dataset | None = None, *, captions: bool = False, labels: bool = False
+) -> Source:
+    """Open the data that the configuration names, or `dataset`.
 
+    captions: whether a.txt beside a.jpg is read. labels: whether sub-folders are classes, whatever they are called.
     Raises DataError where nothing can be opened, ConfigError where none or two sources are named.
     """
-    named = data.train_data_dir or data.dataset_name
+    named = data.train_data_dir or data.dataset_name or data.dataset_config
     if dataset is not None:
         if named:
             raise ConfigError(f"a data set was passed and the configuration names {named}: give one of them")
@@ -64,6 +81,10 @@ def open_source(data: Data, dataset: Dataset | None = None, *, captions: bool = 
         return _from_python(dataset)
     if named is None:
         raise ConfigError("no data: set data.dataset_name (Hub id or path) or data.train_data_dir (folder of images)")
+    if data.dataset_config:
+        subsets = read_dataset_config(Path(named).expanduser())
+        roots = tuple(os.path.realpath(Path(each.image_dir).expanduser()) for each in subsets)
+        return _of_folder(read_subsets(subsets, captions=captions), named, roots)
     path = Path(named).expanduser()
     if data.train_data_dir and not path.is_dir():
         raise DataError(f"data.train_data_dir {named} is not a folder")
@@ -75,7 +96,7 @@ def open_source(data: Data, dataset: Dataset | None = None, *, captions: bool = 
             f"data.revision and data.dataset_config_name belong to data sets on the Hub, but {named} is a local path: "
             "remove them"
         )
-    return _stream_path(path, data) if data.streaming else _from_path(path, data, captions)
+    return _stream_path(path, data) if data.streaming else _from_path(path, data, captions, labels)
 
 
 def _from_python(dataset: Dataset) -> Source:
@@ -172,7 +193,7 @@ def _buffer_size(data: Data) -> int:
     return data.shuffle_buffer_size or SHUFFLE_BUFFER_SIZE
 
 
-def _from_path(path: Path, data: Data, captions: bool) -> Source:
+def _from_path(path: Path, data: Data, captions: bool, labels: bool) -> Source:
     if path.is_file():
         if path.suffix.lower() not in TABLES:
             raise DataError(f"{path} is not a file that is read: give {', '.join(sorted(TABLES))}, or a folder")
@@ -181,7 +202,14 @@ def _from_path(path: Path, data: Data, captions: bool) -> Source:
         return _from_saved(path, data)
     listing = scan(path)
     if listing.images:
-        return _from_images(choose_split(listing, data.split), str(path), captions)
+        listing = choose_split(listing, data.split)
+        repeated = None if labels else layout_of(listing)
+        if repeated is None:
+            folder = read_folder(listing, captions=captions)
+        else:
+            folder = read_subsets(repeated, captions=captions, root=listing.root)
+            folder.problems.extend(problem for problem in listing.problems if "/" not in problem.name)
+        return _of_folder(folder, str(path), (str(listing.root),))
     tables = [listing.root / table for table in listing.tables]
     if tables:
         chosen = _tables_of_split(tables, listing.root, data.split)
@@ -191,16 +219,15 @@ def _from_path(path: Path, data: Data, captions: bool) -> Source:
     raise DataError(f"{path} holds no images (.png, .jpg, ...) and no {', '.join(sorted(TABLES))} files{more}")
 
 
-def _from_images(listing: Listing, name: str, captions: bool) -> Source:
-    folder = read_folder(listing, captions=captions)
+def _of_folder(folder: Folder, name: str, folders: tuple[str, ...]) -> Source:
     try:
         dataset = Dataset.from_dict(folder.columns)
     except (TypeError, ValueError, OverflowError) as error:  # pyarrow's errors are ValueErrors or TypeErrors
         raise DataError(f"the metadata of {name} mixes types within a column: {error}") from error
     if folder.class_names is not None:
         dataset = dataset.cast_column("label", ClassLabel(names=folder.class_names))
-    folders = (str(listing.root),)
-    return Source(name=name, dataset=dataset, folders=folders, problems=folder.problems, lines=folder.lines)
+    found = {"problems": folder.problems, "lines": folder.lines, "subsets": folder.subsets}
+    return Source(name=name, dataset=dataset, folders=folders, **found)
 
 
 def _from_saved(path: Path, data: Data) -> Source:

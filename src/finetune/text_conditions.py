@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from finetune.batching import Batch
+    from finetune.cached import CachedTexts
+    from finetune.conditioning import Conditioner
+    from finetune.data import TrainData
+    from finetune.frozen import Frozen
     from finetune.seeding import PositionRandom
 
 log = logging.getLogger(__name__)
@@ -37,20 +42,26 @@ class Text(Single):
         *,
         dropout: float = 0.0,
         null: str = "empty_prompt",
+        weights: Frozen | None = None,
     ) -> None:
-        """null: "empty_prompt" or "zero". Raises ConfigError for another's tokenizer.
+        """null: "empty_prompt" or "zero". weights: where a hollow text encoder has its own from when it computes.
+        Raises ConfigError for another's tokenizer.
 
         The text encoder is put into evaluation mode. It is not frozen here, as a pipeline around the live modules makes
         one of these around an encoder that is being trained.
         """
         _check_pair(text_encoder, tokenizer)
         self.text_encoder = text_encoder.eval()
-        self.tokenizer, self.dropout, self.null = tokenizer, dropout, null
+        self.tokenizer, self.dropout, self.null, self.weights = tokenizer, dropout, null, weights
         self.width: int = text_encoder.config.hidden_size
+        self.chunks = 1
+        """Pieces of the encoder's length that a text is read in."""
         self.trained = False
         """Whether this run trains the encoder, or a LoRA in it: gradients then flow, and nothing is remembered."""
         self.truncated = 0
         """Captions encoded so far that were longer than the encoder reads."""
+        self.stored: CachedTexts | None = None
+        """Embeddings that are on the disk."""
         self._cache: dict[str, Tensor] = {}
 
     @property
@@ -72,8 +83,41 @@ class Text(Single):
         condition = self.condition([""] * n)
         return condition if self.null == "empty_prompt" else {k: torch.zeros_like(v) for k, v in condition.items()}
 
+    @property
+    def reads(self) -> str:
+        """What is read of the text encoder, and how: all that an embedding depends on beside weights and tokenizer."""
+        return f"{self.kind} of {self.chunks} chunks"
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """What another condition needs to read the same encoder."""
+        return {"text_encoder": self.text_encoder, "tokenizer": self.tokenizer, "weights": self.weights}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text encoder computes."""
+        return self.text_encoder.device if self.weights is None else torch.device(self.weights.device)
+
+    def load(self, why: str) -> None:
+        """See that the text encoder has its weights, on its device."""
+        if self.weights is not None:
+            self.weights.fill(self.text_encoder, why=why)
+
+    def put_aside(self) -> None:
+        """Let the device have the text encoder's memory until it is needed again; only if embeddings are cached."""
+        if self.weights is not None:
+            self.weights.put_aside(self.text_encoder)
+
+    @torch.no_grad()
+    def embeddings(self, texts: Sequence[str]) -> Tensor:
+        """texts, each different -> [n, ...] float32 on the CPU, as training sees them."""
+        parts = [texts[start : start + ENCODER_BATCH] for start in range(0, len(texts), ENCODER_BATCH)]
+        rows = [self._encode([*part, *[""] * (ENCODER_BATCH - len(part))]).cpu()[: len(part)] for part in parts]
+        return torch.cat(rows)
+
     def _embed(self, texts: Sequence[str]) -> Tensor:
-        """texts -> [n, ...] float32 on the encoder's device. Those of a frozen encoder are remembered.
+        """texts -> [n, ...] float32 on the encoder's device. Those of a frozen encoder are remembered: on the disk, if
+        they were cached, or in memory.
 
         Encoded in batches of one fixed shape, filled with empty prompts: matrix products round differently in batches
         of different sizes, and a text's embedding must not depend on what it came with or on what was remembered, or
@@ -85,31 +129,53 @@ class Text(Single):
             distinct = list(dict.fromkeys(texts))
             place = {text: row for row, text in enumerate(distinct)}
             return self._encode(distinct)[[place[text] for text in texts]]
-        fresh: dict[str, Tensor] = {}
         new = [text for text in dict.fromkeys(texts) if text not in self._cache]
+        fresh = {} if self.stored is None else self.stored.read(new)
+        new = [text for text in new if text not in fresh]
         for start in range(0, len(new), ENCODER_BATCH):
             part = new[start : start + ENCODER_BATCH]
-            with torch.no_grad():
-                rows = self._encode(part + [""] * (ENCODER_BATCH - len(part))).cpu()
-            fresh.update(zip(part, rows, strict=False))
-            for text, row in zip(part, rows, strict=False):
+            rows = self.embeddings(part)
+            fresh.update(zip(part, rows, strict=True))
+            for text, row in zip(part, rows, strict=True):
                 if not self.trained and (len(self._cache) + 1) * row.nbytes <= CACHE_BYTES:
                     self._cache[text] = row.clone()  # not a view, which would keep the whole batch
         rows = [self._cache[text] if text in self._cache else fresh[text] for text in texts]
-        return torch.stack(rows).to(self.text_encoder.device)
+        return torch.stack(rows).to(self.device)
 
     def _encode(self, texts: list[str]) -> Tensor:
-        longest = self.tokenizer.model_max_length
-        for text, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
-            if len(ids) > longest:
+        self.load("to read texts")
+        for text, n in zip(texts, self.lengths(texts), strict=True):
+            if n > self.longest:
                 if not self.truncated:
-                    log.warning("captions are cut to %d tokens of %d: %r", longest, len(ids), text)
+                    log.warning("captions are cut to %d tokens of %d: %r", self.longest, n, text)
                 self.truncated += 1
         # Padded to the full length without an attention mask, as StableDiffusionPipeline does.
-        tokens = self.tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+        tokens = self.tokens(texts).flatten(0, 1)
         device = self.text_encoder.device
         with torch.autocast(device.type, enabled=False):  # the same embeddings in training and in sampling
-            return self._read(self.text_encoder(tokens.input_ids.to(device))).float()
+            states = self._read(self.text_encoder(tokens.to(device))).float()
+        return states if self.chunks == 1 else _joined(states, self.chunks)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a text that are read, the start and the end among them."""
+        return self.chunks * (self.tokenizer.model_max_length - 2) + 2
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, the start and the end among them."""
+        return [len(ids) for ids in self.tokenizer(list(texts), verbose=False).input_ids]
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """texts -> [n, chunks, L] int64: each piece of up to L - 2 tokens as the tokenizer makes it of a text of its
+        own: start, tokens, end, padding; as in sd-scripts. A piece that is left over is an empty text."""
+        length, tokenizer = self.tokenizer.model_max_length, self.tokenizer
+        rows = []
+        for ids in tokenizer(list(texts), verbose=False).input_ids:
+            start, end, words = ids[0], ids[-1], ids[1:-1]
+            pieces = [words[at : at + length - 2] for at in range(0, self.chunks * (length - 2), length - 2)]
+            padded = [[start, *piece, end] + [tokenizer.pad_token_id] * (length - 2 - len(piece)) for piece in pieces]
+            rows.append(padded)
+        return torch.tensor(rows)
 
     def _read(self, output: Any) -> Tensor:
         raise NotImplementedError
@@ -126,13 +192,49 @@ class PooledText(Text):
 
 
 class TextSequence(Text):
-    """{"encoder_hidden_states": [B, L, D] float32}: the encoder's last states, read by cross-attention."""
+    """{"encoder_hidden_states": [B, L, D] float32}: the encoder's last states, read by cross-attention.
+
+    A longer text is read in `chunks` pieces of L - 2 tokens (75 of CLIP's 77), each by itself, and every text in as
+    many: [B, chunks * (L - 2) + 2, D]. As in sd-scripts, of the states at starts and ends those of the first start and
+    of the last end are kept, and those between the pieces are not.
+    """
 
     kind = "text"
     argument = "encoder_hidden_states"
 
+    def __init__(
+        self, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *, chunks: int = 1, **options: Any
+    ) -> None:
+        """chunks: pieces that a text is read in. options: as of Text."""
+        super().__init__(text_encoder, tokenizer, **options)
+        self.chunks = chunks
+
     def _read(self, output: Any) -> Tensor:
         return output.last_hidden_state
+
+
+def _joined(states: Tensor, chunks: int) -> Tensor:
+    """[B * chunks, L, D] -> [B, chunks * (L - 2) + 2, D], see TextSequence."""
+    pieces = states.unflatten(0, (-1, chunks))
+    return torch.cat([pieces[:, 0, :1], pieces[:, :, 1:-1].flatten(1, 2), pieces[:, -1, -1:]], dim=1)
+
+
+def with_token_facts(data: TrainData, conditioner: Conditioner) -> TrainData:
+    """`data` with facts of how its captions fit the text encoder, in facts["captions"]: how many different `texts`
+    there are, how many of them are `truncated`, and of `tokens` the limit and the longest. As it is without captions,
+    and for a stream, whose captions are not known before they come.
+    """
+    texts = [part for kind in ("text", "pooled_text") if isinstance(part := conditioner.parts.get(kind), Text)]
+    if not texts or "captions" not in data.facts:
+        return data
+    text = texts[0]
+    lengths = text.lengths(sorted(data.table.texts(data.rows)))
+    facts = {
+        "texts": len(lengths),
+        "truncated": sum(n > text.longest for n in lengths),
+        "tokens": {"limit": text.longest, "longest": max(lengths)},
+    }
+    return replace(data, facts=data.facts | {"captions": data.facts["captions"] | facts})
 
 
 def _check_pair(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:

@@ -14,27 +14,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from finetune import sample, tracking
-from finetune.batching import Batch, first_batch, make_loader
+from finetune import tracking
+from finetune.batching import Batch, make_loader
+from finetune.caches import fill_caches
 from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
-from finetune.data import open_data, report_replaced
+from finetune.data import open_data
 from finetune.ema import Ema, drop_snapshots_after
-from finetune.errors import CheckpointError, surviving
+from finetune.errors import CheckpointError
 from finetune.failures import MicroBatch, command_to_resume, count_skipped, losing_nothing, whereabouts
+from finetune.kohya_config import refuse_differences
 from finetune.meter import Meter
 from finetune.models import bind
 from finetune.modules import build_modules
 from finetune.objective import Objective
 from finetune.optimization import build_optimizer, learning_rate
 from finetune.pipelines import build_pipeline
+from finetune.previews import draw_samples
 from finetune.processes import average_gradients, build_accelerator, largest, set_kernels
 from finetune.provenance import write_run_files
 from finetune.resume import as_the_run_began, find_checkpoint, resume, run_facts_of
-from finetune.saving import Saver, nonfinite, refuse_nonfinite
+from finetune.samples import report_replaced
+from finetune.saving import Saver, nonfinite, parts_of, refuse_nonfinite, write_checkpoint
 from finetune.seeding import PositionRandom, key
-from finetune.signals import SIGNALS, Interrupted, preempted
+from finetune.sharding import unsharded
+from finetune.signals import SIGNALS, preempted
+from finetune.text_conditions import with_token_facts
 from finetune.training_state import TrainingState
+from finetune.validation import HeldOut
 from finetune.watchdog import Watchdog, patiently
 
 if TYPE_CHECKING:
@@ -76,24 +83,28 @@ class Trainer:
         with self.accelerator.main_process_first():  # a broken one is renamed by the first that sees it
             found = find_checkpoint(cfg)
         with self.accelerator.local_main_process_first():  # its check of the data is cached for the others
+            refuse_differences(cfg)
             data = open_data(cfg, dataset=dataset)
         self.data = as_the_run_began(data, found, self.accelerator)
         self.replaced: set[int] = set()
         """Rows of which it was said that others stand in for them."""
-        self.steps = cfg.train.max_train_steps or math.ceil(
-            cfg.train.num_train_epochs * len(self.data) / self.global_batch
-        )
         self.modules = build_modules(
             cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
         )
-        self.parameters = self.modules.trained
+        self.data = with_token_facts(self.data.in_buckets(self.modules.side_multiple), self.modules.conditioner)
+        self.data, self.cached = fill_caches(cfg, self.data, self.modules, self.accelerator)
+        self.steps = cfg.train.max_train_steps or self.data.steps(
+            cfg.train.num_train_epochs, global_batch=self.global_batch
+        )
         optimizer = build_optimizer(cfg.optimizer, self.modules.param_groups(cfg.optimizer))
         self.learning_rate = learning_rate(cfg.optimizer, self.steps)
-        self.ema = Ema(self.modules.averaged, cfg.ema) if cfg.ema.use_ema else None
         self.network, self.optimizer = self.accelerator.prepare(self.modules.unet, optimizer)
+        self.parameters = self.modules.trained  # now: FSDP2 has put others in the place of those that it shards
+        self.ema = Ema(self.modules.averaged, cfg.ema) if cfg.ema.use_ema else None
         self.state = TrainingState(self.modules, optimizer, ema=self.ema, scaler=self.accelerator.scaler)
         self.facts = run_facts_of(self)
         self.saver = Saver(self.output_dir, cfg.checkpoint)
+        self.validation = None if self.data.held_out is None else HeldOut(self.data, cfg.validation)
         self.stop = 0
         """The signal that all processes have agreed to stop for."""
         self.whole = True
@@ -112,8 +123,9 @@ class Trainer:
 
         Raises Preempted after a signal, NonFiniteError after max_nonfinite_steps bad steps in a row.
         """
-        cfg, tracker = self.cfg, tracking.Tracker(self.accelerator, self.cfg, resumed_step=self.step)
-        self.pipeline()  # refuses now what could not be sampled at the end
+        cfg, resumed_step = self.cfg, self.step if self.resumed else -1  # a fresh start writes step 0 anew
+        tracker = tracking.Tracker(self.accelerator, cfg, resumed_step=resumed_step)
+        self.pipeline(hollow=True)  # refuses now what could not be sampled at the end
         if self.accelerator.is_main_process:
             write_run_files(cfg, data=self.data.facts, data_fingerprint=self.data.fingerprint)
             drop_snapshots_after(self.output_dir / "ema_snapshots", self.step)
@@ -126,6 +138,8 @@ class Trainer:
             contextlib.closing(patiently(self.loader(), timeout)) as loaded,
             self._progress() as bar,
         ):
+            if self.validation and (self._due(cfg.validation.every) or self.validation.ends):
+                self.validate(tracker)
             if self.step and self._due(cfg.sample.sample_every):  # stopped between this checkpoint and its samples
                 self.sample(again=self.step == self.steps)
             batches = meter.waiting(loaded)
@@ -136,6 +150,8 @@ class Trainer:
                     with watchdog.step():
                         taken = self.train_step(batches, meter)
                     bar.update(self.step - bar.n)
+                    if taken and self.validation and self._due(cfg.validation.every) and not self.stop:
+                        self.validate(tracker)  # first, as it may decide that this step is the last
                     if taken and self._due(cfg.tracking.log_every):
                         tracker.log(line := self._log_line(meter, bar), step=self.step)
                         self.saver.note(line)
@@ -195,7 +211,7 @@ class Trainer:
 
     def _loss(self, batch: Batch, micro: int) -> MicroBatch:
         random = PositionRandom(self.cfg.seed, batch.positions, self.accelerator.device)
-        x0 = self.modules.space.encode(batch.pixel_values.to(self.accelerator.device, non_blocking=True), random)
+        x0 = self.modules.space.x0(batch, random, self.accelerator.device)
         condition = self.modules.conditioner(batch, random)
         if self.modules.has_dropout:  # the one draw that torch makes for itself: keyed by batch, micro-step and process
             torch.manual_seed(key(self.cfg.seed, "dropout", self.state.batches, micro, self.accelerator.process_index))
@@ -211,10 +227,10 @@ class Trainer:
         cannot be written although it is required, or for the third time in a row.
         """
         refuse_nonfinite(self)
-        failed = None
+        failed, parts = None, parts_of(self)
         if self.accelerator.is_main_process:
             try:
-                self._write_checkpoint(required=required)
+                write_checkpoint(self, parts, required=required)
             except CheckpointError as error:
                 failed = error
         self.accelerator.wait_for_everyone()
@@ -224,12 +240,14 @@ class Trainer:
     def rescue(self) -> bool:
         """Write the checkpoint of the last step before an error ends the run (main process; nobody waits).
 
-        Returns whether it stands: not if the error came in the middle of changing the state, or left nothing finite.
+        Returns whether it stands: not if the error came in the middle of changing the state, or left nothing finite, or
+        if the weights are sharded over processes that may be gone.
         """
-        if not (self.accelerator.is_main_process and self.whole and self.step) or nonfinite(self.state.parts()):
+        possible = self.accelerator.is_main_process and self.whole and self.step and not self.accelerator.shards
+        if not possible or nonfinite(self.state.parts()):
             return False
         try:
-            self._write_checkpoint(required=True)
+            write_checkpoint(self, parts_of(self), required=True)
         except Exception as error:  # the error that ends the run is another one, and is told
             log.error("%s", error)
             return False
@@ -241,15 +259,23 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.ema.snapshot(self.output_dir / "ema_snapshots")
 
-    def _write_checkpoint(self, *, required: bool) -> None:
-        facts = self.state.facts() | {"samples_seen": self.state.batches * self.global_batch}
-        parts = self.state.parts() | {"data": {"digests": torch.from_numpy(self.data.digests)}}
-        self.saver.save(parts, facts | dataclasses.asdict(self.facts), required=required)
+    # -- validation and samples ----------------------------------------------------------------------------------------
 
-    # -- samples -------------------------------------------------------------------------------------------------------
+    def validate(self, tracker: tracking.Tracker) -> None:
+        """Measure the held-out loss of this step, unless it was before a resume. It may end the run: see `HeldOut`."""
+        if line := self.validation.measure(self):
+            tracker.log(line, step=self.step)
+            self.saver.note(line)
+        if self.validation.ends:
+            self.steps = self.step
 
-    def pipeline(self) -> DiffusionPipeline:
-        """The pipeline around the live modules (no copies). Inside `averaged_weights` it samples from the average."""
+    def pipeline(self, *, hollow: bool = False) -> DiffusionPipeline:
+        """The pipeline around the live modules (no copies). Inside `averaged_weights` it samples from the average.
+
+        hollow: to look at only; frozen models that training does not need are not loaded for it.
+        """
+        for frozen in self.modules.frozen if not hollow else ():
+            frozen.load("for pictures and the export")
         parts = (self.modules.unet, self.modules.space, self.modules.conditioner, self.modules.objective.scheduler)
         return build_pipeline(*parts, self.cfg, guide=self.modules.guide)
 
@@ -263,25 +289,16 @@ class Trainer:
         finally:
             self.modules.unet.train()
 
-    @torch.no_grad()
     def sample(self, *, again: bool = True) -> None:
-        """Draw samples/step-N.png (main process; the others wait). Touches no state of the training.
+        """Draw samples/step-N.png: see `previews.draw_samples`."""
+        draw_samples(self, again=again)
 
-        again: also if it is there. A signal interrupts it, and sets `stop`. One that cannot be written (OSError, such
-        as a full disk) ends the run if it is the last, which is exported.
-        """
-        if self.accelerator.is_main_process and (again or not self.sample_path.exists()):
-            with self.averaged_weights(), self.accelerator.autocast():
-                upscales = "low_res" in self.modules.conditioner.parts
-                shown = first_batch(self.data, self.cfg.sample.num_images) if upscales else None
-                with (
-                    surviving(f"samples at step {self.step}", required=self.step == self.steps),
-                    contextlib.suppress(Interrupted),
-                    SIGNALS.interrupting(),
-                ):
-                    sample.draw_grid(self.pipeline(), self.cfg, self.sample_path, shown)
-        self.accelerator.wait_for_everyone()
-        self.stop = int(largest(self.accelerator, SIGNALS.received))
+    def unshard(self) -> None:
+        """After the training: with FSDP2, give the main process the whole weights that are exported, and no average."""
+        if self.accelerator.shards:
+            with self.averaged_weights():
+                unet = unsharded(self.modules.unet, keep=self.accelerator.is_main_process)
+            self.modules, self.ema = dataclasses.replace(self.modules, unet=unet), None
 
     @property
     def sample_path(self) -> Path:

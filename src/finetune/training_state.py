@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from finetune.checkpoint import Checkpoint
 from finetune.errors import CheckpointError
+from finetune.sharding import as_held, sharded
 
 if TYPE_CHECKING:
     from finetune.ema import Ema
@@ -59,6 +60,8 @@ class TrainingState:
         parts = self.parts()
         self._refuse_misfits(found, parts)
         saved = {part: found.tensors(part) for part in parts}  # all of them read before the first is copied
+        for part in parts.keys() - {"optimizer"}:
+            saved[part] = {name: as_held(tensor, parts[part][name]) for name, tensor in saved[part].items()}
         self._modules.load(saved)
         load_optimizer(self._optimizer, saved["optimizer"], self._names)
         if self._ema:
@@ -109,7 +112,10 @@ def load_optimizer(
         name, _, state = key.rpartition("/")
         like = parameters[name]
         if tensor.shape == like.shape:  # the fused kernels walk raw memory: moments need the parameter's memory format
-            tensor = torch.empty_like(like, dtype=tensor.dtype, device="cpu").copy_(tensor)
+            if sharded([like]):
+                tensor = as_held(tensor, like)
+            else:
+                tensor = torch.empty_like(like, dtype=tensor.dtype, device="cpu").copy_(tensor)
         by_name.setdefault(name, {})[state] = tensor
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {index: by_name[names[p]] for index, p in enumerate(order) if names[p] in by_name}

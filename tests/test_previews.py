@@ -1,0 +1,85 @@
+"""The pictures of a run: the same whoever draws them, and what a process that fails costs."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune import sample
+from finetune.trainer import Trainer
+from forked import last_step, log, run
+from tiny import config
+
+SHORT = {"max_train_steps": 2, "global_batch_size": 8}
+MANY = {"num_images": 20, "num_inference_steps": 2, "sample_every": 1}  # in batches of 16 and 4
+
+
+def picture(cfg, step):
+    return np.asarray(Image.open(Path(cfg.output_dir) / "samples" / f"step-{step:08d}.png"))
+
+
+def drawn_by_whom(cfg):
+    """A `body`: train, and print which process drew which images."""
+    real = sample.draw
+
+    def told(*args, rank, **settings):
+        found = real(*args, rank=rank, **settings)
+        print(f"process {rank} drew {sorted(found)}")
+        return found
+
+    sample.draw = told
+    Trainer(cfg).fit()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The same weights after each step, by one process and by two: a learning rate of nearly nothing."""
+    folder = tmp_path_factory.mktemp("previews")
+    settings = {"train": SHORT, "sample": MANY, "model": {"dropout": 0.0}, "optimizer": {"learning_rate": 1e-30}}
+    runs = [config(folder / f"run{processes}", **settings) for processes in (1, 2)]
+    for processes, cfg in enumerate(runs, 1):
+        assert run(cfg, processes=processes, body=drawn_by_whom) == [0] * processes, log(cfg)
+    return runs
+
+
+def test_two_processes_draw_the_picture_of_one(pair):
+    one, two = pair
+    assert f"process 0 drew {[*range(20)]}" in log(one)
+    assert f"process 0 drew {[*range(16)]}" in log(two) and f"process 1 drew {[16, 17, 18, 19]}" in log(two)
+    for step in (1, 2):
+        assert np.array_equal(picture(one, step), picture(two, step))
+
+
+def test_negative_control_other_seeds_are_another_picture(pair, tmp_path):
+    other = config(tmp_path / "run", train=SHORT, sample=MANY | {"sample_seed": 1}, model={"dropout": 0.0},
+                   optimizer={"learning_rate": 1e-30})  # fmt: skip
+    assert run(other) == [0], log(other)
+    assert not np.array_equal(picture(other, 2), picture(pair[0], 2))
+
+
+@pytest.mark.parametrize(("error", "codes"), [(OSError("no such device"), [0, 0]), (ValueError("a bug"), [1, 1])])
+def test_what_the_failure_of_one_process_costs(tmp_path, error, codes):
+    """The picture alone if it is a matter of the disk; the run if it is not, and each process says whose it was."""
+    cfg = config(tmp_path / "run", train=SHORT, sample=MANY)
+
+    def body(cfg):
+        real = sample.draw
+
+        def failing(*args, **settings):
+            if os.environ["RANK"] == "1" and trainer.step == 1:
+                raise error
+            return real(*args, **settings)
+
+        sample.draw = failing
+        trainer = Trainer(cfg)
+        trainer.fit()
+
+    assert run(cfg, processes=2, body=body) == codes, log(cfg)
+    names = sorted(path.name for path in (tmp_path / "run" / "samples").glob("*.png"))
+    if codes == [0, 0]:
+        assert names == ["step-00000002.png"]
+        assert "no samples at step 1 (a process could not draw its share)" in log(cfg)
+    else:
+        assert names == [] and last_step(cfg) == 1 and "process 1 ended: ValueError: a bug" in log(cfg)
