@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from finetune.conditioning import build_conditioner
 from finetune.config import TrainConfig
+from finetune.config_cache import Cache
 from finetune.config_export import LORA_FILE
 from finetune.config_io import load_text
 from finetune.errors import ConfigError
@@ -30,6 +32,7 @@ def base_pipeline(cfg: TrainConfig, run: Mapping[str, Any]) -> DiffusionPipeline
 
     run: the content of run.json, for the names of the classes. Raises ConfigError if a part cannot be loaded.
     """
+    cfg = replace(cfg, cache=Cache())  # with one, the frozen parts would have no weights until they were needed
     space = build_space(cfg)
     conditioner = build_conditioner(cfg, list(run.get("data", {}).get("classes", ())) or None)
     unet = build_unet(cfg, space, conditioner, seed=cfg.seed).eval().requires_grad_(False)
