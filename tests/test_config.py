@@ -10,7 +10,9 @@ import yaml
 
 from finetune import config as c
 from finetune import config_choices as cc
-from finetune.config_flags import REFUSED, RENAMED
+from finetune import config_optimizer as co
+from finetune import config_prior as cp
+from finetune.config_flags import ALREADY, REFUSED, RENAMED, SWITCHES
 from finetune.config_io import (
     config_main,
     dump,
@@ -61,7 +63,7 @@ def test_recipe_alone(recipe):
         output_dir="out",
         data=c.Data(train_data_dir="pics", resolution=64),
         train=c.Train(mixed_precision="no", max_train_steps=10, gradient_accumulation_steps=1),
-        optimizer=c.Optimizer(learning_rate=1e-3),
+        optimizer=c.AdamW(learning_rate=1e-3),
         space=cc.LatentSpace(kind="latent", vae="some/vae"),
     )
 
@@ -242,6 +244,30 @@ def test_pretrained_name_selects_its_kind(recipe):
     assert load_options("--pretrained_vae_model_name_or_path", "v").space == cc.LatentSpace(kind="latent", vae="v")
 
 
+def test_optimizer_of_diffusers():
+    """Their two choices in any case, the switch for 8 bits, and false that means false (theirs reads it as true)."""
+    assert load_options("--optimizer", "AdamW", "--adam_beta1", "0.9").optimizer == c.AdamW(adam_beta1=0.9)
+    assert load_options("--optimizer=AdamW", "--use_8bit_adam").optimizer.kind == "adamw_8bit"
+    flags = ("--prodigy_beta3", "0.5", "--prodigy_decouple", "False", "--prodigy_safeguard_warmup", "True")
+    found = load_options("--optimizer", "prodigy", *flags).optimizer
+    assert (found.kind, found.beta3, found.decouple, found.safeguard_warmup) == ("prodigy", 0.5, False, True)
+    assert found.learning_rate == 1
+    recipe = load_text("output_dir: o\ndata: {resolution: 8}\noptimizer: {kind: lion, beta2: 0.98}\n")
+    assert recipe.optimizer == co.Lion(kind="lion", beta2=0.98)
+
+
+def test_dreambooth_of_diffusers():
+    subject = ("--pretrained_model_name_or_path=x", "--instance_data_dir=dogs", "--instance_prompt", "a sks dog")
+    plain = load(["--output_dir=o", "--resolution=8", *subject], env={})
+    assert (plain.data.train_data_dir, plain.data.instance_prompt, plain.prior) == ("dogs", "a sks dog", None)
+    classes = ("--class_data_dir=c", "--class_prompt", "a dog", "--prior_loss_weight=0.5", "--num_class_images=200")
+    cfg = load(["--output_dir=o", "--resolution=8", *subject, "--with_prior_preservation", *classes], env={})
+    assert cfg.prior == cp.Prior(class_prompt="a dog", class_data_dir="c", weight=0.5, num_class_images=200)
+    assert cfg == load(["--output_dir=o", "--resolution=8", *subject, *classes], env={})
+    with pytest.raises(ConfigError, match="prior.class_prompt: required"):
+        load(["--output_dir=o", "--resolution=8", *subject, "--with_prior_preservation"], env={})
+
+
 FLAGS = """dataset_name dataset_config_name train_data_dir instance_data_dir class_data_dir cache_dir image_column
 caption_column max_train_samples resolution center_crop random_flip image_interpolation_mode preserve_input_precision
 dataloader_num_workers repeats train_batch_size proportion_empty_prompts pretrained_model_name_or_path
@@ -268,9 +294,10 @@ push_to_hub hub_token hub_model_id hub_private_repo""".split()
 
 def test_every_flag_is_accounted_for():
     assert len(set(FLAGS)) == 141
-    assert set(RENAMED) | set(REFUSED) <= set(FLAGS)
+    assert {*RENAMED, *SWITCHES, *REFUSED, *ALREADY} <= set(FLAGS)
     for flag in FLAGS:  # exactly one answer to each: our own name, another name, or a reason
-        assert (len(LEAVES.get(flag, ())) == 1) + (flag in RENAMED) + (flag in REFUSED) == 1, flag
+        answers = sum(flag in names for names in (RENAMED, SWITCHES, REFUSED, ALREADY))
+        assert (len(LEAVES.get(flag, ())) == 1) + answers == 1, flag
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -284,7 +311,7 @@ def test_flag_is_read_or_refused_with_its_reason(flag):
     about = [line for line in lines if line.startswith(f"--{flag}: ")]
     if flag in REFUSED:
         assert about == [f"--{flag}: {REFUSED[flag]}"]
-    assert not any("no such option" in line for line in lines)
+    assert not (about and flag in ALREADY) and not any("no such option" in line for line in lines)
 
 
 # --- the launcher --------------------------------------------------------------------------------------------------
@@ -405,7 +432,7 @@ def random_config(seed):
         conditioning=conditioning,
         model=model,
         sample=c.Sample(prompts=prompts, class_labels=[1, 2] if conditioning.kind == "class_label" else ()),
-        optimizer=c.Optimizer(learning_rate=number(), adam_beta1=rng.random()),
+        optimizer=c.AdamW(learning_rate=number(), adam_beta1=rng.random()),
         train=c.Train(mixed_precision=rng.choice([None, "no", "bf16"]), max_train_steps=rng.choice([None, 5])),
     )
 
@@ -439,7 +466,8 @@ def test_schema_describes_every_setting():
     for setting in ALL_SETTINGS:
         if setting.owner in definitions:
             assert definitions[setting.owner]["properties"][setting.leaf]["description"], setting.path
-    assert definitions["Optimizer"]["properties"]["learning_rate"]["description"] == "Peak learning rate."
+    assert definitions["Prodigy"]["properties"]["learning_rate"]["description"].startswith("Factor of")
+    assert definitions["AdamW"]["properties"]["learning_rate"]["description"] == "Peak learning rate."
     assert definitions["TextSequence"]["properties"]["tokenizer"]["description"]
     assert definitions["Data"]["additionalProperties"] is False
     json.dumps(schema())

@@ -89,9 +89,9 @@ RECIPE_MISTAKES = {
     "sample: {prompts: a cat}": "sample.prompts: expected a list of texts, got 'a cat': write [a cat]",
     "optimizer: 5": "optimizer: expected the settings of this section, got 5",
     "optimizer:": "optimizer: expected the settings of this section, got nothing (null)",
-    "space: {kind: latnt}": "space.kind: expected one of pixel, latent, got 'latnt'; did you mean latent?",
-    "space: {kind: [a], vae: v}": "space.kind: expected one of pixel, latent, got ['a']",
-    "space: {vae: v}": "space.vae: space.kind is pixel, which does not have it: space.kind latent does",
+    "space: {kind: latnt}": "space.kind: expected one of auto, pixel, latent, got 'latnt'; did you mean latent?",
+    "space: {kind: [a], vae: v}": "space.kind: expected one of auto, pixel, latent, got ['a']",
+    "space: {vae: v}": "space.vae: space.kind is auto, which does not have it: space.kind latent does",
     "model: {kind: pretrained, pretrained_model_name_or_path: x, dropout: 0}": (
         "model.dropout: model.kind is pretrained, which does not have it: model.kind unet2d or unet2d_condition does"
     ),
@@ -122,7 +122,8 @@ OPTION_MISTAKES = {
     "--revison x": "--revison: no such option; did you mean --revision?",
     "--kind latent": (
         "--kind: several settings have this name: --space.kind, --conditioning.kind, --model.kind, --objective.kind, "
-        "--objective.loss.kind, --objective.levels.kind, --objective.weighting.kind, --objective.variance.kind"
+        "--objective.loss.kind, --objective.levels.kind, --objective.weighting.kind, --objective.variance.kind, "
+        "--optimizer.kind"
     ),
     "--learning_rate abc": "--learning_rate: expected a number, got 'abc'",
     "--learning_rate -1": "--learning_rate: must be greater than 0, got -1 (Peak learning rate)",
@@ -137,7 +138,26 @@ OPTION_MISTAKES = {
     "--hub_token hf_secret": (
         "--hub_token: the token comes from HF_TOKEN or `hf auth login`, never from an option, which others can read"
     ),
-    "--optimizer adamW": "--optimizer: remove it: the optimizer is AdamW",
+    "--optimizer sgd": (
+        "--optimizer: expected one of adamw, adamw_8bit, adafactor, lion, prodigy, schedule_free_adamw, got 'sgd'"
+    ),
+    "--prodigy_decouple False": (
+        "--prodigy_decouple: optimizer.kind is adamw, which does not have it: optimizer.kind prodigy does"
+    ),
+    "--use_8bit_adam --optimizer prodigy": (
+        "--use_8bit_adam: stands for optimizer.kind adamw_8bit, but --optimizer says 'prodigy': give one of them"
+    ),
+    "--use_8bit_adam 8": (
+        "--use_8bit_adam: a switch, which stands for optimizer.kind adamw_8bit: give it without a value"
+    ),
+    "--optimizer prodigy --learning_rate 1e-4": (
+        "--learning_rate: learning_rate 0.0001 is that of another optimizer: prodigy multiplies the step size that it "
+        "finds by it. Remove it, which means 1, or tune d_coef"
+    ),
+    "--optimizer schedule_free_adamw --use_ema": (
+        "--use_ema: optimizer.kind schedule_free_adamw averages the weights itself, and that average is sampled and "
+        "exported: remove use_ema"
+    ),
     "--data 5": "--data: data: expected the settings of this section, got 5",
     "--train {allow_tf32:maybe": (
         "--train: not valid YAML: expected ',' or '}', but got '<stream end>'"
@@ -150,13 +170,12 @@ OPTION_MISTAKES = {
     ),
     "--save_images_epochs 1": "--save_images_epochs: counted in optimizer steps here: use sample.sample_every",
     "--space.kind latent": "space.vae: required by space.kind latent, but not set on the command line",
-    "--space.vae v": "--space.vae: space.kind is pixel, which does not have it: space.kind latent does",
+    "--space.vae v": "--space.vae: space.kind is auto, which does not have it: space.kind latent does",
     "--pretrained_model_name_or_path x --model.kind unet2d": (
         "--pretrained_model_name_or_path: model.kind is unet2d, which does not have it: model.kind pretrained does"
     ),
     "--proportion_empty_prompts 0.1": (
-        "--proportion_empty_prompts: conditioning.kind is none, which does not have it: conditioning.kind class_label "
-        "or pooled_text or text or low_res does"
+        "--proportion_empty_prompts: there is no condition: choose one by conditioning.kind"
     ),
     "--dataset_name x": (
         "--dataset_name: data.dataset_name (x) and data.train_data_dir (pics) both name the data: give one of them"
@@ -249,8 +268,8 @@ def test_rules_about_what_is_wrong_already_are_not_reported():
         "r.yaml:4: objective.num_train_timesteps: expected a whole number, got 'x'"
     ]
     assert recipe_lines(GOOD + "sample: {prompts: [a]}\nconditioning: {kind: txt, text_encoder: t}") == [
-        "r.yaml:4: conditioning.kind: expected one of none, class_label, pooled_text, text, low_res, several, got "
-        "'txt'; did you mean text?"
+        "r.yaml:4: conditioning.kind: expected one of auto, none, class_label, pooled_text, text, low_res, several, "
+        "sdxl, got 'txt'; did you mean text?"
     ]
 
 

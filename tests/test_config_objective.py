@@ -22,7 +22,7 @@ def problems(*options):
 
 def test_defaults_are_those_of_ho_et_al():
     default = objective()
-    assert default == co.DDPM() and (default.levels, default.weighting) == (Uniform(), NoWeighting())
+    assert default == co.DDPM().filled() and (default.levels, default.weighting) == (Uniform(), NoWeighting())
     assert (default.loss.kind, default.variance.kind, default.variance.vb_loss) == ("l2", "fixed_small", "none")
     assert objective("--objective.kind", "edm").levels == LogNormal()
     assert objective("--objective.kind", "flow").levels == Uniform()

@@ -83,3 +83,10 @@ def test_the_same_files_may_have_been_moved_but_not_replaced_by_others(tmp_path)
     there, moved, other = of(tmp_path, "vae"), of(tmp_path / "elsewhere", "vae"), of(tmp_path, "vae2")
     assert not any(dataclasses.asdict(changes(there, moved, allow=[])).values())
     assert changes(there, other, allow=[]).fixed == ["space.vae"]
+
+
+def test_a_setting_that_came_later_counts_only_where_it_is_not_at_its_default(tmp_path):
+    now = settings(tmp_path)
+    then = {name: value for name, value in now.items() if name not in ("data.buckets", "optimizer.kind")}
+    assert not any(dataclasses.asdict(changes(then, now, allow=[])).values())
+    assert changes(then, now | {"data.buckets": "auto"}, allow=[]).asked == ["data.buckets"], "negative control"

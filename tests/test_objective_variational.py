@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from finetune.config import Optimizer
+from finetune.config import AdamW
 from finetune.config_objective import space_timesteps
 from finetune.objective.likelihood import (
     _normal_cdf,
@@ -309,7 +309,7 @@ def test_trajectory_is_that_of_the_real_train_loop(case, micro_batches):
     gradients, 9e-8 here, make steps that differ by 5%.
     """
     data = {k.removeprefix(f"{case}/"): v for k, v in golden("iddpm_trainloop").items()}
-    rate = learning_rate(Optimizer(learning_rate=1e-3, lr_scheduler="linear", lr_warmup_steps=0), 8)
+    rate = learning_rate(AdamW(learning_rate=1e-3, lr_scheduler="linear", lr_warmup_steps=0), 8)
     conv, s = torch.nn.Conv2d(3, 6, 1), torch.nn.Parameter(torch.zeros(1, 6, 1, 1))
     with torch.no_grad():
         conv.weight.copy_(data["init_weight"]), conv.bias.copy_(data["init_bias"])

@@ -49,6 +49,10 @@ class Batch:
     """[B, channels, side, side] float32 in [-1, 1]: the small images of data.low_res_column."""
     moments: torch.Tensor | None = None
     """[B, 2c, h, w] float16 or float32, of the VAE's posterior, with cached latents: `space.LatentSpace.moments`."""
+    mask: torch.Tensor | None = None
+    """[B, 1, height, width] float32 in [0, 1]: how much each pixel counts in a masked loss."""
+    loss_weight: torch.Tensor | None = None
+    """[B] float32: what the loss of each sample counts, with prior preservation."""
     replaced: tuple[Replaced, ...] = ()
     """The rows that turned unusable, for which others of `rows` stand in: see `data.report_replaced`."""
 
@@ -120,6 +124,8 @@ def collate(samples: list[tuple[Place, Sample]]) -> Batch:
         time_ids=torch.tensor([sample.time_ids for sample in made], dtype=torch.float32),
         low_res=None if made[0].low_res is None else torch.stack([sample.low_res for sample in made]),
         moments=None if made[0].moments is None else torch.stack([sample.moments for sample in made]),
+        mask=None if made[0].mask is None else torch.stack([sample.mask for sample in made]),
+        loss_weight=None if made[0].loss_weight is None else torch.tensor([sample.loss_weight for sample in made]),
         replaced=tuple(sample.replaced for sample in made if sample.replaced),
     )
 

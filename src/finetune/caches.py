@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from finetune.batching import loader_processes
 from finetune.cache_store import Records, Shelf, Writer, open_shelf
 from finetune.cached import VERSION, CachedLatents, CachedTexts, latent_keys, text_keys
+from finetune.conditioning import texts_of
 from finetune.datacheck import IMAGE_DIGEST
 from finetune.durable import need_space
 from finetune.errors import ConfigError, DataError
@@ -72,7 +73,7 @@ def fill_caches(cfg: TrainConfig, data: TrainData, modules: Modules, accelerator
     if cfg.cache.latents:
         data, line = _with_latents(cfg, data, modules.space, accelerator)
         lines.append(line)
-    texts = [part for part in modules.conditioner.parts.values() if isinstance(part, Text)] if cfg.cache.text else []
+    texts = texts_of(modules.conditioner) if cfg.cache.text else []
     captions = sorted(data.table.texts(_usable(data))) if texts else []
     for part in texts:
         lines.append(_with_texts(cfg, part, list(dict.fromkeys(["", *captions])), accelerator))

@@ -174,7 +174,7 @@ def _usage(cfg: TrainConfig, run: Mapping[str, Any], pipeline: str, name: str) -
     arguments = ", ".join(given) or "batch_size=4"
     if not ours:  # ours keeps these two as its defaults
         arguments += f", num_inference_steps={cfg.sampling_steps}"
-        if pipeline == "StableDiffusionPipeline":
+        if pipeline.startswith("StableDiffusion"):
             arguments += f", guidance_scale={cfg.sample.guidance_scale:g}"
         if pipeline == "DDIMPipeline":
             arguments += ", use_clipped_model_output=True"
@@ -251,12 +251,12 @@ def _training_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
         described = f"ddpm, {objective.prediction_type}, {levels}"
     else:
         described = f"{objective.kind}, {objective.prediction_type}, levels {objective.levels.kind}"
+    last = "average of the optimizer" if optimizer.kind == "schedule_free_adamw" else "of the last step"
     rows = {
         "objective": described,
-        "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g}, betas {optimizer.adam_beta1:g} and "
-        f"{optimizer.adam_beta2:g}, weight decay {optimizer.adam_weight_decay:g}",
+        "optimizer": f"{optimizer.title}, learning rate {optimizer.learning_rate:g}, {optimizer.details}",
         "schedule": f"{optimizer.lr_scheduler}, {optimizer.lr_warmup_steps} steps of warm-up",
-        "weights": f"average with {cfg.ema.averages[0]}" if cfg.ema.use_ema else "of the last step",
+        "weights": f"average with {cfg.ema.averages[0]}" if cfg.ema.use_ema else last,
         "precision": cfg.train.mixed_precision if cfg.train.mixed_precision in ("fp16", "bf16") else "float32",
         "seed": str(cfg.seed),
     }

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from finetune.conditions import ClassLabel, Condition, LowRes, Single, Size, without
-from finetune.config_choices import CONDITIONS, Part, conditions
+from finetune.config_choices import CONDITIONS, SDXL, Part, conditions
 from finetune.errors import ConfigError
 from finetune.frozen import Frozen
 from finetune.pretrained import load_tokenizer
+from finetune.sdxl_texts import sdxl_texts
 from finetune.text_conditions import PooledText, Text, TextSequence
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ class Several:
     @property
     def parameters_frozen(self) -> int:
         """Of the text encoders, one that several read being counted once."""
-        encoders = {id(part.text_encoder): part for part in self.parts.values() if isinstance(part, Text)}
-        return sum(part.parameters_frozen for part in encoders.values())
+        encoders = {id(text.text_encoder): text for text in texts_of(self)}
+        return sum(text.parameters_frozen for text in encoders.values())
 
     def __call__(self, batch: Batch, random: PositionRandom) -> Condition:
         """The conditions of a training batch, dropped for shares of the samples chosen by position in the run."""
@@ -147,9 +148,15 @@ def assembled(parts: Mapping[str, Single], *, dropout_draws: str = "joint") -> C
     return Several(ordered, dropout_draws=dropout_draws)
 
 
+def texts_of(conditioner: Conditioner) -> list[Text]:
+    """All that reads a text with an encoder; SDXL's text sequence is two of them."""
+    return [one for part in conditioner.parts.values() for one in part.members if isinstance(one, Text)]
+
+
 def text_encoders(conditioner: Conditioner) -> dict[str, CLIPTextModel]:
     """The text encoders by the names that a pipeline gives them; the pooled text's own comes second."""
-    found = [conditioner.parts[kind].text_encoder for kind in ("text", "pooled_text") if kind in conditioner.parts]
+    parts = [conditioner.parts[kind] for kind in ("text", "pooled_text") if kind in conditioner.parts]
+    found = [one.text_encoder for part in parts for one in part.members]
     return dict(zip(("text_encoder", "text_encoder_2"), dict.fromkeys(found), strict=False))
 
 
@@ -162,6 +169,8 @@ def build_conditioner(
     """
     several = cfg.conditioning.kind == "several"
     parts: dict[str, Single] = {}
+    if cfg.conditioning.kind == "sdxl":
+        return assembled(_sdxl(cfg.conditioning, device, hollow=cfg.cache.text))
     for kind, section in conditions(cfg.conditioning).items():
         setting = f"conditioning.{kind}" if several else "conditioning"
         if kind == "class_label":
@@ -180,8 +189,8 @@ def build_conditioner(
             known = parts.get("pooled_text") if several and _same_encoder(cfg) else None
             modules = known.modules if known else _text_modules(section, setting, device, hollow=cfg.cache.text)
             cls = {"pooled_text": PooledText, "text": TextSequence}[kind]
-            chunks = {"chunks": section.chunks} if kind == "text" else {}
-            parts[kind] = cls(**modules, dropout=section.condition_dropout, null=section.null, **chunks)
+            further = {"chunks": section.chunks, "clip_skip": section.clip_skip} if kind == "text" else {}
+            parts[kind] = cls(**modules, dropout=section.condition_dropout, null=section.null, **further)
     return assembled(parts, dropout_draws=cfg.conditioning.dropout_draws if several else "joint")
 
 
@@ -202,9 +211,30 @@ def _class_label(section: Part, setting: str, class_names: Sequence[str] | None,
     )
 
 
+def _sdxl(section: SDXL, device: Any, *, hollow: bool) -> dict[str, Single]:
+    """The conditions of Stable Diffusion XL by kind."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    modules = []
+    for cls, number in ((CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2")):
+        place = {"setting": "conditioning.pipeline", "revision": section.revision}
+        tokenizer = load_tokenizer(section.pipeline, **place, subfolder=f"tokenizer{number}")
+        place |= {"subfolder": f"text_encoder{number}", "variant": section.variant, "device": device}
+        weights = Frozen(cls=cls, name=section.pipeline, **place)
+        modules.append(_loaded(weights, tokenizer, hollow=hollow))
+    texts = sdxl_texts(
+        *modules,
+        dropout=section.condition_dropout,
+        null=section.null,
+        clip_skip=section.clip_skip,
+        chunks=section.chunks,
+    )
+    return texts | {"size": Size(device=device)}
+
+
 def _same_encoder(cfg: TrainConfig) -> bool:
     """Whether the pooled text and the text sequence name one text encoder, which is then loaded once."""
-    names = ("text_encoder", "tokenizer", "text_encoder_subfolder", "tokenizer_subfolder", "revision")
+    names = ("text_encoder", "tokenizer", "text_encoder_subfolder", "tokenizer_subfolder", "revision", "variant")
     pooled, text = cfg.conditioning.pooled_text, cfg.conditioning.text
     return None not in (pooled, text) and all(getattr(pooled, name) == getattr(text, name) for name in names)
 
@@ -225,8 +255,14 @@ def _text_modules(section: Part, setting: str, device: Any, *, hollow: bool) -> 
         setting=f"{setting}.text_encoder",
         revision=section.revision,
         subfolder=section.text_encoder_subfolder,
+        variant=section.variant,
         device=device,
     )
+    return _loaded(weights, tokenizer, hollow=hollow)
+
+
+def _loaded(weights: Frozen, tokenizer: Any, *, hollow: bool) -> dict[str, Any]:
+    """The modules of a text condition; hollow: the text encoder without its weights until it computes."""
     if hollow:
         return {"text_encoder": weights.hollow(), "tokenizer": tokenizer, "weights": weights}
     return {"text_encoder": weights.load(), "tokenizer": tokenizer}

@@ -34,6 +34,11 @@ class Single:
     """What stands for its absence."""
 
     @property
+    def members(self) -> Sequence[Single]:
+        """What it is made of: itself, or SDXL's two text encoders."""
+        return (self,)
+
+    @property
     def parts(self) -> dict[str, Single]:
         """Itself, by its kind."""
         return {self.kind: self}

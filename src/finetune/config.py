@@ -1,9 +1,9 @@
 """Every setting of a run, as nested frozen sections. Imports no torch; the text under a field is its only help text.
 
 Names are those of diffusers and Accelerate. Choices are unions told apart by `kind` (config_choices.py,
-config_objective.py); Data stands in config_data.py, Sample in config_sample.py, Cache in config_cache.py. A default
-names its source; "train_unconditional" is the diffusers script of that name, whose defaults hold when only data and
-resolution are given.
+config_objective.py, config_optimizer.py); Data stands in config_data.py, Sample in config_sample.py, and so on. A
+default names its source; "train_unconditional" is the diffusers script of that name, whose defaults hold when only data
+and resolution are given.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pydantic import Field
 from finetune.config_cache import Cache, cache_contradictions
 from finetune.config_captions import Captions, caption_contradictions
 from finetune.config_choices import (
+    AutoConditioning,
+    AutoSpace,
     Conditioning,
     Model,
     PixelSpace,
@@ -29,7 +31,9 @@ from finetune.config_choices import (
 from finetune.config_data import Data
 from finetune.config_export import Export, export_contradictions
 from finetune.config_lora import Lora, lora_contradictions
-from finetune.config_objective import DDPM, Objective
+from finetune.config_objective import DDPM, ZERO_SNR, Objective
+from finetune.config_optimizer import AdamW, Optimizer, optimizer_contradictions
+from finetune.config_prior import Prior, prior_contradictions
 from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
 from finetune.config_validation import Validation, validation_contradictions
@@ -77,47 +81,6 @@ class Train:
                 f"train.global_batch_size ({self.global_batch_size}, over all processes) and train.train_batch_size "
                 f"({self.train_batch_size}, per process) both set the batch: give one of them"
             )
-
-
-@section
-class Optimizer:
-    """AdamW and its learning rate. Defaults of train_unconditional."""
-
-    learning_rate: Positive = 1e-4
-    """Peak learning rate."""
-    text_encoder_lr: Positive | None = None
-    """Peak learning rate of the text encoder; unset: learning_rate."""
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = "cosine"
-    """diffusers' schedule, a pure function of the optimizer step."""
-    lr_warmup_steps: CountOrZero = 500
-    """Optimizer steps of linear warm-up."""
-    lr_num_cycles: Count | None = None
-    """Hard restarts of cosine_with_restarts (unset: 1)."""
-    lr_power: Positive | None = None
-    """Power of polynomial (unset: 1)."""
-    adam_beta1: Decay = 0.95
-    """Decay of the first moment."""
-    adam_beta2: Decay = 0.999
-    """Decay of the second moment."""
-    adam_weight_decay: PositiveOrZero = 1e-6
-    """Decoupled weight decay."""
-    adam_epsilon: Positive = 1e-8
-    """Added to the root of the second moment."""
-
-    def __post_init__(self) -> None:
-        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
-            raise ValueError(
-                f"lr_scheduler constant has no warm-up, got lr_warmup_steps {self.lr_warmup_steps}: "
-                "use constant_with_warmup, or set lr_warmup_steps to 0"
-            )
-        if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
-            raise ValueError(f"lr_scheduler polynomial ends at 1e-7: raise learning_rate {self.learning_rate}")
-        if self.lr_num_cycles is not None and self.lr_scheduler != "cosine_with_restarts":
-            raise ValueError("lr_num_cycles needs lr_scheduler cosine_with_restarts")
-        if self.lr_power is not None and self.lr_scheduler != "polynomial":
-            raise ValueError("lr_power needs lr_scheduler polynomial")
 
 
 @section
@@ -228,13 +191,13 @@ class TrainConfig:
     such as optimizer, or data.content. What nothing hangs on, such as sample.*, may always."""
     data: Data
     captions: Captions = Field(default_factory=Captions)
-    space: Space = Field(default_factory=PixelSpace)
-    conditioning: Conditioning = Field(default_factory=Unconditional)
+    space: Space = Field(default_factory=AutoSpace)
+    conditioning: Conditioning = Field(default_factory=AutoConditioning)
     model: Model = Field(default_factory=UNet2D)
     lora: Lora | None = None
     objective: Objective = Field(default_factory=DDPM)
     train: Train = Field(default_factory=Train)
-    optimizer: Optimizer = Field(default_factory=Optimizer)
+    optimizer: Optimizer = Field(default_factory=AdamW)
     ema: Ema = Field(default_factory=Ema)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
@@ -243,15 +206,72 @@ class TrainConfig:
     cache: Cache = Field(default_factory=Cache)
     export: Export = Field(default_factory=Export)
     hub: Hub = Field(default_factory=Hub)
+    prior: Prior | None = None
 
     def __post_init__(self) -> None:
-        problems = [f"{place}: {problem}" for place, problem in self._contradictions()]
-        if problems:
+        if not (found := list(self._unsettled())):
+            if self.model.kind != "pretrained":
+                self._settle()
+            found = list(self._contradictions())
+        if problems := [f"{place}: {problem}" for place, problem in found]:
             raise ValueError("\n".join(problems))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the pretrained pipeline has still to say something: see `foundation.resolve`."""
+        unset = self.objective.kind == "ddpm" and self.objective.unset
+        return "auto" in (self.space.kind, self.conditioning.kind) or bool(unset)
+
+    def _unsettled(self) -> Iterator[tuple[str, str]]:
+        """What a new model leaves open and cannot, as (place, problem) pairs."""
+        if self.model.kind == "pretrained":
+            return
+        objective = self.objective
+        if objective.kind == "ddpm" and objective.rescale_betas_zero_snr and objective.prediction_type is None:
+            yield "objective", ZERO_SNR
+        for name in ("condition_dropout", "clip_skip", "chunks"):
+            if self.conditioning.kind == "auto" and getattr(self.conditioning, name) is not None:
+                yield f"conditioning.{name}", "there is no condition: choose one by conditioning.kind"
+
+    def _settle(self) -> None:
+        """What a new model is, where nothing is said."""
+        if self.space.kind == "auto":
+            object.__setattr__(self, "space", PixelSpace())  # frozen for everybody else
+        if self.conditioning.kind == "auto":
+            object.__setattr__(self, "conditioning", Unconditional())
+        if self.objective.kind == "ddpm":
+            object.__setattr__(self, "objective", self.objective.filled())
+
     def _contradictions(self) -> Iterator[tuple[str, str]]:
-        """Rules between sections, as (place, problem) pairs."""
-        kind, parts = self.conditioning.kind, conditions(self.conditioning)
+        """Rules between sections, as (place, problem) pairs; those about what is open wait until it is not."""
+        if self.conditioning.kind != "auto":
+            yield from self._conditions_contradict()
+        wanted = max(len(self.sample.prompts), len(self.sample.class_labels))
+        if wanted > self.sample.num_images:
+            yield "sample.num_images", f"{self.sample.num_images} cannot show {wanted} prompts or labels: raise it"
+        streaming, best_metric = self.data.streaming, self.checkpoint.best_metric
+        yield from validation_contradictions(self.validation, streaming=streaming, best_metric=best_metric)
+        objective = self.objective
+        if objective.kind == "ddpm" and self.space.kind == "latent" and objective.variance.vb_loss != "none":
+            yield "objective.variance.vb_loss", (
+                "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
+                "variance.kind fixed_small or fixed_large with vb_loss none"
+            )
+        if self.data.masked and objective.kind == "ddpm" and objective.variance.vb_loss != "none":
+            yield "objective.variance.vb_loss", (
+                "the variational bound is a likelihood of whole images, which has no masked form: use variance.kind "
+                "fixed_small or fixed_large with vb_loss none, or remove "
+                f"{'data.alpha_mask' if self.data.alpha_mask else 'data.mask_column'}"
+            )
+        if not self.is_open:
+            yield from contradictions(self.sample, objective)
+        yield from export_contradictions(self.export, lora=self.lora is not None)
+        yield from optimizer_contradictions(self.optimizer, self.ema)
+        yield from prior_contradictions(self, conditions(self.conditioning))
+
+    def _conditions_contradict(self) -> Iterator[tuple[str, str]]:
+        """Rules between the conditions and other sections."""
+        kind, parts, pretrained = self.conditioning.kind, conditions(self.conditioning), self.model.kind == "pretrained"
         reads = kind if kind != "several" else " + ".join(parts)
         text = {"pooled_text", "text"} & parts.keys()
         if self.model.kind == "unet2d":
@@ -260,41 +280,28 @@ class TrainConfig:
             yield "sample.prompts", f"conditioning.kind is {reads}, which takes no prompts: remove them"
         if self.sample.class_labels and "class_label" not in parts:
             yield "sample.class_labels", f"conditioning.kind is {reads}, which takes no labels: remove them"
-        if text and not self.sample.prompts and "low_res" not in parts:
+        if text and not self.sample.prompts and "low_res" not in parts and not pretrained:
             yield "sample.prompts", f"conditioning.kind {reads} needs at least one prompt to sample with"
-        data = self.data
+        data, asked = self.data, bool(self.sample.prompts or self.sample.class_labels)
         yield from caption_contradictions(self.captions, bool(text), data.dataset_config is not None)
-        asked = self.sample.prompts or self.sample.class_labels
-        yield from low_res_contradictions(parts, data.resolution, data.low_res_column, data.preparation, bool(asked))
+        yield from low_res_contradictions(parts, data.resolution, data.low_res_column, data.preparation, asked)
         if data.buckets != "none" and "low_res" in parts:
             yield "data.buckets", "the small images of conditioning low_res are square: set data.buckets none"
-        wanted = max(len(self.sample.prompts), len(self.sample.class_labels))
-        if wanted > self.sample.num_images:
-            yield "sample.num_images", f"{self.sample.num_images} cannot show {wanted} prompts or labels: raise it"
-        if self.sample.guidance_scale not in (0.0, 1.0) and self.sample.autoguidance is None:
-            if kind == "none":
-                yield "sample.guidance_scale", "there is no condition to guide with: use 1"
-            elif self.model.kind != "pretrained" and not any(part.condition_dropout for part in parts.values()):
-                yield "sample.guidance_scale", (
-                    f"guidance {self.sample.guidance_scale} needs the unconditional case, which conditioning."
-                    "condition_dropout 0 never trains: use a dropout such as 0.1, or guidance_scale 1"
-                )
-        objective = self.objective
-        if objective.kind == "ddpm" and self.space.kind == "latent" and objective.variance.vb_loss != "none":
-            yield "objective.variance.vb_loss", (
-                "the variational bound is a likelihood of 8-bit pixels and has no meaning for space.kind latent: use "
-                "variance.kind fixed_small or fixed_large with vb_loss none"
-            )
         changing = {
             "words_change": self.captions.shuffle or self.captions.tag_dropout > 0,
             "text_trained": self.train.train_text_encoder,
         }
-        yield from cache_contradictions(self.cache, data, self.space.kind, parts, **changing)
-        yield from contradictions(self.sample, objective)
-        yield from export_contradictions(self.export, lora=self.lora is not None)
-        best_metric = self.checkpoint.best_metric
-        yield from validation_contradictions(self.validation, streaming=data.streaming, best_metric=best_metric)
+        if self.space.kind != "auto":
+            yield from cache_contradictions(self.cache, data, self.space.kind, parts, **changing)
         yield from lora_contradictions(self, text=bool(text))
+        if self.sample.guidance_scale not in (0.0, 1.0) and self.sample.autoguidance is None:
+            if kind == "none":
+                yield "sample.guidance_scale", "there is no condition to guide with: use 1"
+            elif not pretrained and not any(part.condition_dropout for part in parts.values()):
+                yield "sample.guidance_scale", (
+                    f"guidance {self.sample.guidance_scale} needs the unconditional case, which conditioning."
+                    "condition_dropout 0 never trains: use a dropout such as 0.1, or guidance_scale 1"
+                )
 
     @property
     def sampler(self) -> str:

@@ -54,6 +54,11 @@ def cache_contradictions(
             )
         if data.streaming:
             yield "cache.latents", streaming
+        if data.masked:
+            yield "cache.latents", (
+                "a mask is cut with its image in every step, and cached latents look at no image: remove "
+                "data.mask_column or data.alpha_mask, or the cache"
+            )
         if "low_res" in conditions:
             yield "cache.latents", (
                 "conditioning low_res reads the pixels of each image, which are not looked at with cached latents: "

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.config_types import Count, Fraction, Int, PositiveOrZero, Words, section
+from finetune.config_foundation import SDXL, AutoConditioning, AutoSpace
+from finetune.config_types import Count, CountOrZero, Fraction, Int, PositiveOrZero, Words, section
 
 
 @section
@@ -28,9 +29,11 @@ class LatentSpace:
     """Folder of the VAE inside a pipeline (usually "vae")."""
     revision: str | None = None
     """Branch, tag or commit of a VAE on the Hub."""
+    variant: str | None = None
+    """Weights' variant, such as fp16; used in float32 all the same."""
 
 
-Space = Annotated[PixelSpace | LatentSpace, Field(discriminator="kind")]
+Space = Annotated[AutoSpace | PixelSpace | LatentSpace, Field(discriminator="kind")]
 
 
 @section
@@ -75,6 +78,8 @@ class TextCondition:
     """Folder of the tokenizer inside a pipeline."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    variant: str | None = None
+    """Weights' variant, such as fp16; used in float32 all the same."""
     condition_dropout: Fraction = 0.1
     """Share of samples trained without their caption, for guidance (Ho & Salimans 2022 use 0.1 to 0.2)."""
     null: Literal["empty_prompt", "zero"] = "empty_prompt"
@@ -83,11 +88,14 @@ class TextCondition:
 
 @section
 class SequenceCondition(TextCondition):
-    """The token sequence of a frozen CLIP text encoder."""
+    """A text, read by a frozen CLIP text encoder, token by token."""
 
     chunks: Count = 1
     """Text is read in up to so many pieces of 75 tokens, as sd-scripts' max_token_length 150 and 225 (2 and 3); what is
     longer is cut. Above 1 the export is a UNetPipeline, as StableDiffusionPipeline cuts prompts to one."""
+    clip_skip: CountOrZero | None = None
+    """Layers left out at the end, as in StableDiffusionPipeline: 1, the last one (sd-scripts' clip_skip 2); unset:
+    none. The final normalisation is applied in any case."""
 
 
 @section
@@ -158,18 +166,21 @@ class Several:
 
 
 Conditioning = Annotated[
-    Unconditional | ClassLabel | PooledText | TextSequence | LowRes | Several, Field(discriminator="kind")
+    AutoConditioning | Unconditional | ClassLabel | PooledText | TextSequence | LowRes | Several | SDXL,
+    Field(discriminator="kind"),
 ]
 CONDITIONS = ("class_label", "pooled_text", "text", "low_res", "size")
-Part = LabelCondition | TextCondition | SequenceCondition | LowResCondition | SizeCondition
+Part = LabelCondition | TextCondition | SequenceCondition | LowResCondition | SizeCondition | SDXL
 
 
 def conditions(conditioning: Conditioning) -> dict[str, Part]:
-    """The conditions of a run by their kind, in a fixed order: none, one or several."""
+    """The conditions of a run by their kind, in a fixed order: none, one or several; none of auto."""
+    if conditioning.kind == "sdxl":
+        return {"pooled_text": conditioning, "text": conditioning, "size": SizeCondition()}
     if conditioning.kind == "several":
         parts = {name: getattr(conditioning, name) for name in CONDITIONS}
         return {name: part for name, part in parts.items() if part is not None}
-    return {} if conditioning.kind == "none" else {conditioning.kind: conditioning}
+    return {} if conditioning.kind in ("auto", "none") else {conditioning.kind: conditioning}
 
 
 def unet2d_contradictions(parts: dict[str, Part]) -> Iterator[tuple[str, str]]:
@@ -281,17 +292,23 @@ class UNet2DCondition:
 
 @section
 class Pretrained:
-    """The UNet of an existing pipeline or UNet folder, trained on. Space and conditioning must be the ones it has."""
+    """The UNet of an existing pipeline or UNet folder, trained on. Of a pipeline (model_index.json), space,
+    conditioning and the noise of the objective are taken too; what is written of them must fit the UNet."""
 
     kind: Literal["pretrained"]
     pretrained_model_name_or_path: str
-    """A local folder or a Hub id that holds a UNet2DModel or UNet2DConditionModel."""
+    """A local folder or a Hub id that holds a UNet2DModel or UNet2DConditionModel; or a whole Stable Diffusion in one
+    local .safetensors file."""
+    single_file_config: str | None = None
+    """Of a single file: the pipeline whose shapes, tokenizers and scheduler it has, a folder or a Hub id."""
     subfolder: str | None = "unet"
     """Folder of the UNet inside the pipeline; null: the folder itself."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     variant: str | None = None
-    """Weights' variant, such as fp16; trained in float32 all the same."""
+    """Variant of the weights, such as fp16, of all parts; in float32 all the same."""
+    change_objective: bool = False
+    """Train on with another prediction or noise than the pipeline's scheduler states, from weights made for that."""
 
 
 Model = Annotated[UNet2D | UNet2DCondition | Pretrained, Field(discriminator="kind")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from finetune.config_types import Count, CountOrZero, Positive, Words, section
+from finetune.config_types import Count, CountOrZero, Decay, Positive, Words, section
 
 PACK = "pack the images into Parquet with datasets (load_dataset('imagefolder', ...), embed_table_storage, to_parquet)"
 """How data become shards that can be streamed: the way out of what is refused."""
@@ -38,12 +38,20 @@ class Data:
     """Column that holds the images."""
     caption_column: str | Words = "text"
     """Column(s) that hold the captions; of several, or of a list in one cell, one is drawn per epoch and row."""
+    instance_prompt: str | None = None
+    """The caption of every image, in place of a column: such as "a photo of sks dog"."""
     label_column: str = "label"
     """Column that holds the class labels."""
     label_from_filename: bool = False
     """Take the class from the file name, up to its first "_", instead of label_column (improved-diffusion)."""
     low_res_column: str | None = None
     """Column that holds the small images of conditioning low_res; unset: they are made from the large ones."""
+    mask_column: str | None = None
+    """Column that holds the masks of a masked loss, of the size of their images: white counts, black does not."""
+    alpha_mask: bool = False
+    """Masked loss by the images' own transparency: what is transparent does not count; an opaque image counts whole."""
+    unmasked_weight: Decay = 0.0
+    """Masked loss: how much counts at least what a mask leaves out."""
     max_train_samples: Count | None = None
     """Use only this many rows, drawn by the seed; streaming: whole row groups, of the last one a part."""
     resolution: Count
@@ -106,6 +114,20 @@ class Data:
                 f"data.variants is {self.variants}, but data.center_crop or data.preparation iddpm without "
                 "data.random_flip makes the same of an image in every epoch: remove it"
             )
+        if self.instance_prompt is not None and self.caption_column != "text":
+            raise ValueError(
+                f"data.caption_column ({self.caption_column}) and data.instance_prompt both give the captions: give "
+                "one of them"
+            )
+        if self.mask_column is not None and self.alpha_mask:
+            raise ValueError(
+                f"data.mask_column ({self.mask_column}) and data.alpha_mask both mask the loss: give one of them"
+            )
+        if self.unmasked_weight and not self.masked:
+            raise ValueError(
+                f"data.unmasked_weight is {self.unmasked_weight:g}, but nothing is masked: remove it, or set "
+                "data.mask_column or data.alpha_mask"
+            )
         self._refuse_what_has_no_buckets()
         self._refuse_what_does_not_stream()
 
@@ -141,6 +163,11 @@ class Data:
     def is_deterministic(self) -> bool:
         """Whether the settings leave nothing of the crop and the flip to chance."""
         return (self.center_crop or self.preparation == "iddpm") and not self.random_flip
+
+    @property
+    def masked(self) -> bool:
+        """Whether the loss is masked."""
+        return self.mask_column is not None or self.alpha_mask
 
     def _refuse_what_does_not_stream(self) -> None:
         if not self.streaming:

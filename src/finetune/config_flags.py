@@ -24,7 +24,15 @@ RENAMED = {
     "proportion_empty_prompts": "conditioning.condition_dropout",
     "cache_latents": "cache.latents",
     "revision": "model.revision",
+    "variant": "model.variant",
     "pretrained_vae_model_name_or_path": "space.vae",
+    "instance_data_dir": "data.train_data_dir",
+    "prior_loss_weight": "prior.weight",
+    "optimizer": "optimizer.kind",
+    "prodigy_beta3": "optimizer.beta3",
+    "prodigy_decouple": "optimizer.decouple",
+    "prodigy_use_bias_correction": "optimizer.use_bias_correction",
+    "prodigy_safeguard_warmup": "optimizer.safeguard_warmup",
 }
 
 SELECTS = {
@@ -34,11 +42,21 @@ SELECTS = {
 }
 """Flags that exist in one kind only and stand for the choice of it."""
 
+SWITCHES = {
+    "use_8bit_adam": ("optimizer.kind", "adamw", "adamw_8bit"),
+    "with_prior_preservation": ("prior", {}, {}),
+}
+"""Flags without a setting of their own, which turn a kind, given or not, into another; or ask for a section."""
+
+ALREADY = {
+    "enable_xformers_memory_efficient_attention": "changes nothing: PyTorch's scaled_dot_product_attention, which "
+    "needs as little memory, is always used",
+}
+"""Flags of diffusers' documented commands that ask for what is done in any case; this is said of them."""
+
 _LAYERS = "not offered: lora.target chooses the layers, attention by default"
-_DREAMBOOTH = "DreamBooth is not offered: give each image its caption (data.caption_column) and train on those"
 _TOKENS = "new tokens are not offered: train.train_text_encoder trains the encoder with the tokens that it has"
 _VAE = "the VAE stays frozen: only the UNet is trained"
-_PRODIGY = "the optimizer is AdamW; Prodigy is not offered"
 _BIAS = "not offered: objective.levels chooses which timesteps are drawn, objective.weighting how much each counts"
 _FLUX = "for Flux transformers; this toolkit trains UNets"
 _DREAM = "DREAM training is not offered"
@@ -46,8 +64,6 @@ _EPOCHS = "counted in optimizer steps here: use sample.sample_every"
 
 REFUSED = {
     # data
-    "instance_data_dir": "use data.train_data_dir, with one caption per image",
-    "class_data_dir": _DREAMBOOTH,
     "cache_dir": "an environment matter: set HF_HOME, or HF_HUB_CACHE and HF_DATASETS_CACHE",
     "preserve_input_precision": "not offered: images are read with 8 bits per channel; remove it",
     "repeats": "remove it: train.num_train_epochs and train.max_train_steps set how often an image is seen",
@@ -65,9 +81,6 @@ REFUSED = {
     "num_new_tokens_per_abstraction": _TOKENS,
     "initializer_concept": _TOKENS,
     "enable_t5_ti": _FLUX,
-    "instance_prompt": "write the caption of each image into the data set (data.caption_column)",
-    "class_prompt": _DREAMBOOTH,
-    "clip_skip": "not offered: the text encoder's last layer is used, as the pipeline does",
     "max_sequence_length": _FLUX,
     "decoder_only": _VAE,
     # objective and loss
@@ -79,11 +92,7 @@ REFUSED = {
     "timestep_bias_end": _BIAS,
     "timestep_bias_portion": _BIAS,
     "do_edm_style_training": "use objective.kind edm",
-    "with_prior_preservation": _DREAMBOOTH,
-    "prior_loss_weight": _DREAMBOOTH,
-    "num_class_images": _DREAMBOOTH,
-    "sample_batch_size": _DREAMBOOTH,
-    "prior_generation_precision": _DREAMBOOTH,
+    "prior_generation_precision": "remove it: class images are drawn in train.mixed_precision",
     "weighting_scheme": "use objective.kind flow with objective.levels.kind and objective.weighting.kind",
     "rec_loss": _VAE,
     "kl_scale": _VAE,
@@ -97,16 +106,9 @@ REFUSED = {
     "disc_learning_rate": _VAE,
     "scale_lr": "remove it, and write the learning rate of the global batch into optimizer.learning_rate",
     "disc_lr_scheduler": _VAE,
-    "optimizer": "remove it: the optimizer is AdamW",
-    "use_8bit_adam": "not offered: AdamW keeps its moments in float32; remove it",
     "adam_weight_decay_text_encoder": "not offered: optimizer.adam_weight_decay holds for all that is trained",
-    "prodigy_beta3": _PRODIGY,
-    "prodigy_decouple": _PRODIGY,
-    "prodigy_use_bias_correction": _PRODIGY,
-    "prodigy_safeguard_warmup": _PRODIGY,
     "set_grads_to_none": "remove it: gradients are always set to None",
     # precision and speed
-    "enable_xformers_memory_efficient_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",
     "enable_npu_flash_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",
     "upcast_before_saving": "remove it: weights are trained and saved in float32",
     # EMA

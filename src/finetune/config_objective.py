@@ -5,6 +5,7 @@ What only some combinations of settings can do is refused with the reason.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -78,27 +79,44 @@ class _Objective:
         return 1
 
 
+ZERO_SNR = (
+    "rescale_betas_zero_snr makes the last level pure noise, where epsilon says nothing of the image: use "
+    "prediction_type v_prediction"
+)
+PLAIN = {
+    "prediction_type": "epsilon",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "rescale_betas_zero_snr": False,
+}
+"""What DDPM's settings of these names are where neither they nor a pretrained pipeline say so (Ho et al. 2020)."""
+
+
 @section
 class DDPM(_Objective):
-    """Denoising diffusion with a variance-preserving schedule (Ho et al. 2020)."""
+    """Denoising diffusion with a variance-preserving schedule (Ho et al. 2020). What is unset of the prediction and the
+    noise is that of the pretrained pipeline; of a new model, what its help says."""
 
     kind: Literal["ddpm"] = "ddpm"
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    """What the network predicts: the noise, the clean sample, or the velocity (Salimans & Ho 2022)."""
-    num_train_timesteps: Annotated[Int, Field(ge=2)] = 1000
-    """Number of noise levels T."""
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear"
-    """Schedule: linear (Ho et al.), scaled_linear (Stable Diffusion), squaredcos_cap_v2 (Nichol & Dhariwal 2021),
-    sigmoid (GeoDiff)."""
-    beta_start: Positive = 1e-4
-    """First beta; not of squaredcos_cap_v2."""
-    beta_end: Positive = 0.02
-    """Last beta; not of squaredcos_cap_v2."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
+    """What the network predicts: the noise, the clean sample, or the velocity (Salimans & Ho 2022); unset: epsilon."""
+    num_train_timesteps: Annotated[Int, Field(ge=2)] | None = None
+    """Number of noise levels T; unset: 1000."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] | None = None
+    """Schedule: linear (Ho et al.; unset), scaled_linear (Stable Diffusion), squaredcos_cap_v2 (Nichol & Dhariwal
+    2021), sigmoid (GeoDiff)."""
+    beta_start: Positive | None = None
+    """First beta; not of squaredcos_cap_v2; unset: 0.0001."""
+    beta_end: Positive | None = None
+    """Last beta; not of squaredcos_cap_v2; unset: 0.02."""
     scale_betas: bool = False
     """Multiply both betas by 1000 / num_train_timesteps, which keeps the noise of the last level (Nichol & Dhariwal
     2021); linear only."""
-    rescale_betas_zero_snr: bool = False
-    """Rescale to zero terminal SNR and sample with trailing timesteps (Lin et al. 2023); not with epsilon."""
+    rescale_betas_zero_snr: bool | None = None
+    """Rescale to zero terminal SNR and sample with trailing timesteps (Lin et al. 2023); not with epsilon; unset:
+    false."""
     respacing: str | None = None
     """Train on these timesteps only: "250" evenly spaced ones, "ddim50" at an integer stride, or "10,20,30" in equal
     sections (Nichol & Dhariwal 2021); unset: all."""
@@ -118,7 +136,17 @@ class DDPM(_Objective):
     @property
     def beta_scale(self) -> float:
         """What beta_start and beta_end are multiplied by."""
-        return 1000 / self.num_train_timesteps if self.scale_betas else 1.0
+        return 1000 / self.filled().num_train_timesteps if self.scale_betas else 1.0
+
+    @property
+    def unset(self) -> list[str]:
+        """The settings of PLAIN that are not given."""
+        return [name for name in PLAIN if getattr(self, name) is None]
+
+    def filled(self, **noise: object) -> DDPM:
+        """With `noise`, by the names of PLAIN, or else PLAIN in the place of what is unset. Raises ValueError."""
+        values = PLAIN | noise
+        return replace(self, **{name: values[name] for name in self.unset}) if self.unset else self
 
     def __post_init__(self) -> None:
         self._check_schedule()
@@ -142,22 +170,23 @@ class DDPM(_Objective):
 
     def _check_schedule(self) -> None:
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ValueError(
-                "rescale_betas_zero_snr makes the last level pure noise, where epsilon says nothing of the image: "
-                "use prediction_type v_prediction"
-            )
-        if self.beta_schedule == "squaredcos_cap_v2" and (self.beta_start, self.beta_end) != (1e-4, 0.02):
+            raise ValueError(ZERO_SNR)
+        _, steps, schedule, start, end, _ = (
+            plain if (given := getattr(self, name)) is None else given for name, plain in PLAIN.items()
+        )
+        if schedule == "squaredcos_cap_v2" and (start, end) != (PLAIN["beta_start"], PLAIN["beta_end"]):
             raise ValueError("beta_start and beta_end belong to the linear schedules; squaredcos_cap_v2 has neither")
-        if self.scale_betas and self.beta_schedule != "linear":
-            raise ValueError(f"scale_betas belongs to beta_schedule linear, got {self.beta_schedule}: remove it")
-        if self.beta_start > self.beta_end:
-            raise ValueError(f"beta_start must not exceed beta_end, got {self.beta_start} > {self.beta_end}")
-        if self.beta_end * self.beta_scale >= 1:
-            scaled = f" after scale_betas with {self.num_train_timesteps} timesteps" if self.scale_betas else ""
-            raise ValueError(f"beta_end must be below 1{scaled}, got {self.beta_end * self.beta_scale:g}")
+        if self.scale_betas and schedule != "linear":
+            raise ValueError(f"scale_betas belongs to beta_schedule linear, got {schedule}: remove it")
+        if start > end:
+            raise ValueError(f"beta_start must not exceed beta_end, got {start} > {end}")
+        scaled = end * 1000 / steps if self.scale_betas else end
+        if scaled >= 1:
+            after = f" after scale_betas with {steps} timesteps" if self.scale_betas else ""
+            raise ValueError(f"beta_end must be below 1{after}, got {scaled:g}")
         if self.respacing is not None:
             try:
-                kept = space_timesteps(self.num_train_timesteps, self.respacing)
+                kept = space_timesteps(steps, self.respacing)
             except ValueError as error:
                 raise ValueError(f"respacing: {error}") from None
             if len(kept) < 2:

@@ -7,16 +7,19 @@ splits text at commas and braces (a prompt "a cat, sleeping" became two, `say "}
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from finetune.config_flags import REFUSED, RENAMED, SELECTS
+from finetune.config_flags import ALREADY, REFUSED, RENAMED, SELECTS, SWITCHES
 from finetune.config_tree import LEAVES, SECTIONS, SETTINGS, closest, nearest
 from finetune.config_types import check_target
 from finetune.config_words import show
 from finetune.config_yaml import Entry, read_value
 from finetune.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class Origin(NamedTuple):
@@ -122,19 +125,46 @@ def read_options(options: Sequence[Option]) -> Draft:
     """The settings that options give; of an option given twice the last counts, as in argparse."""
     draft = Draft()
     for option in options:
-        path = _path(option, draft)
+        if option.name in ALREADY:
+            log.warning("--%s %s", option.name, ALREADY[option.name])
+            continue
+        path = _path(option, draft) if option.name not in SWITCHES else None
         if path in SECTIONS:
             _add_section(option, path, draft)
         elif path is not None:
             try:
-                draft.given[path] = Given(_decode(path, option.words, option.origin.text), option.origin)
+                value = _decode(path, option.words, option.origin.text)
+                value = value.lower() if path.endswith(".kind") else value  # diffusers writes --optimizer AdamW
+                draft.given[path] = Given(value, option.origin)
             except ConfigError as error:
                 draft.refuse(path, str(error), option.origin)
     for option in options:
         if option.name in SELECTS and SELECTS[option.name][0] not in draft.given:
             path, kind = SELECTS[option.name]
             draft.given[path] = Given(kind, option.origin)
+        if option.name in SWITCHES:
+            _switch(option, draft)
     return draft
+
+
+def _words(path: str, value: object) -> str:
+    return f"{path} {value}" if value else f"the section {path}"
+
+
+def _switch(option: Option, draft: Draft) -> None:
+    path, before, after = SWITCHES[option.name]
+    if option.words not in ([], ["true"], ["True"]):
+        problem = f"a switch, which stands for {_words(path, after)}: give it without a value"
+        draft.refuse(option.name, problem, option.origin)
+    elif path in draft.given and draft.given[path].value not in (before, after):
+        other = draft.given[path]
+        draft.refuse(
+            path,
+            f"stands for {_words(path, after)}, but {other.origin.text} says {show(other.value)}: give one of them",
+            option.origin,
+        )
+    else:
+        draft.given[path] = Given(after, option.origin)
 
 
 def read_trust(options: Sequence[Option], draft: Draft) -> tuple[str, ...]:
@@ -166,7 +196,7 @@ def _path(option: Option, draft: Draft) -> str | None:
     """The setting or section that an option names; None, with the problem noted, if it names none."""
     name = option.name
     a_section = name in SECTIONS and option.words[:1] and option.words[0].lstrip().startswith("{")
-    if name in SETTINGS or a_section or (name in SECTIONS and name not in REFUSED):
+    if name in SETTINGS or a_section or (name in SECTIONS and name not in RENAMED | REFUSED):
         return name
     if len(LEAVES.get(name, ())) == 1:
         return LEAVES[name][0]
@@ -179,7 +209,7 @@ def _path(option: Option, draft: Draft) -> str | None:
         draft.refuse(name, f"several settings have this name: {several}", option.origin)
     else:
         alone = [leaf for leaf, paths in LEAVES.items() if len(paths) == 1]
-        names = [*alone, *RENAMED, *REFUSED, *SECTIONS, "config", "help"]
+        names = [*alone, *RENAMED, *SWITCHES, *REFUSED, *SECTIONS, "config", "help"]
         near = nearest(name) if "." in name else closest(name, names)
         draft.suspect.update(path for path in (near, RENAMED.get(near), *LEAVES.get(near, ())) if path)
         draft.refuse(name, "no such option" + (f"; did you mean --{near}?" if near else ""), option.origin)

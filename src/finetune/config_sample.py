@@ -161,7 +161,8 @@ def sampler_of(sample: Sample, kind: str) -> str:
 
 
 def steps_of(sample: Sample, objective: DDPM | EDM | Flow) -> int:
-    """How many steps the sampler takes."""
+    """How many steps the sampler takes; of what the objective leaves open, as for a new model."""
+    objective = objective.filled() if objective.kind == "ddpm" else objective
     if sample.respacing is not None and objective.kind == "ddpm":
         return len(space_timesteps(objective.num_train_timesteps, sample.respacing))
     if sample.num_inference_steps is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, StableDiffusionXLPipeline
 
 from finetune.config_sample import USED_BY, Sampling
 from finetune.errors import ConfigError
@@ -13,13 +13,19 @@ from finetune.schedulers import ODE_SCHEDULERS, name_of, with_scheduler
 
 
 def as_unet_pipeline(pipeline: DiffusionPipeline) -> UNetPipeline:
-    """A DDPMPipeline, DDIMPipeline or StableDiffusionPipeline as a UNetPipeline, which has more options."""
+    """A DDPMPipeline, DDIMPipeline, StableDiffusionPipeline or StableDiffusionXLPipeline as a UNetPipeline, which has
+    more options."""
     if isinstance(pipeline, UNetPipeline):
         return pipeline
     if isinstance(pipeline, DDPMPipeline | DDIMPipeline):
         return UNetPipeline(pipeline.unet, pipeline.scheduler)
     text = {"text_encoder": pipeline.text_encoder, "tokenizer": pipeline.tokenizer}
-    return UNetPipeline(pipeline.unet, pipeline.scheduler, vae=pipeline.vae, conditioning="text", **text)
+    settings = {"conditioning": "text"}
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        text |= {"text_encoder_2": pipeline.text_encoder_2, "tokenizer_2": pipeline.tokenizer_2}
+        nulls = "pooled_text+text" if pipeline.config.force_zeros_for_empty_prompt else ""
+        settings = {"conditioning": "pooled_text+text+size", "dropped": "pooled_text+text", "zero_nulls": nulls}
+    return UNetPipeline(pipeline.unet, pipeline.scheduler, vae=pipeline.vae, **settings, **text)
 
 
 def set_sampler(pipeline: UNetPipeline, name: str) -> None:
@@ -44,4 +50,4 @@ def set_sampler(pipeline: UNetPipeline, name: str) -> None:
 def check_stable_diffusion_guidance(scale: float) -> None:
     """Raises ConfigError for a guidance that StableDiffusionPipeline would not apply."""
     if scale < 1:
-        raise ConfigError(f"StableDiffusionPipeline ignores a guidance_scale below 1, got {scale}: use 1 for none")
+        raise ConfigError(f"a Stable Diffusion pipeline ignores a guidance_scale below 1, got {scale}: use 1 for none")

@@ -20,8 +20,8 @@ from finetune.data_changes import fingerprint
 from finetune.datacheck import IMAGE_DIGEST, check, explain, refuse_or_warn
 from finetune.errors import ConfigError, DataError
 from finetune.folder import Problem
-from finetune.images import BadRow, background_rgb, decode, prepare, strict_pillow
-from finetune.order import Order, RowOrder, UnitOrder, Units
+from finetune.images import BadRow, background_rgb, decode, mask_of, prepare, strict_pillow
+from finetune.order import InTurns, Order, RowOrder, UnitOrder, Units
 from finetune.rows import Row, Rows, rows_of
 from finetune.samples import Replaced, Sample
 from finetune.seeding import key, permutation
@@ -52,7 +52,7 @@ class TrainData:
     stream, nothing."""
     fingerprint: str
     """Hexadecimal; the same wherever the same images, captions and labels are stored, in the same order; of a stream,
-    wherever the same files are: by their footers and sizes."""
+    wherever the same files are: by their footers and sizes. Class images do not count."""
     factor: int
     """Side of an image over that of the small image of data.low_res_column; 1 without one."""
     facts: dict[str, Any]
@@ -63,10 +63,18 @@ class TrainData:
     """The shapes of the training images; None: all are squares."""
     latents: CachedLatents | None = None
     """Where samples have their moments from, and no pixels then."""
+    class_images_from: int | None = None
+    """The first row that is a class image of prior preservation, as are all after it; None without."""
+    class_weight: float = 1.0
+    """What the loss of a class image counts."""
 
     def __len__(self) -> int:
-        """The number of samples of one epoch."""
-        return len(self.rows)
+        """The number of samples of one epoch; with class images, as many of them as of the others."""
+        return len(self.rows) if self.class_images_from is None else 2 * self._instances
+
+    @property
+    def _instances(self) -> int:
+        return int(np.searchsorted(self.rows, self.class_images_from))
 
     def in_buckets(self, multiple: int) -> TrainData:
         """The data with the buckets of data.buckets, if there are to be any, sides of which are multiples of `multiple`
@@ -92,6 +100,9 @@ class TrainData:
         if isinstance(self.rows, Units):
             buffer_size = self.table.dataset.buffer_size
             return UnitOrder(self.rows, seed=self.seed, buffer_size=buffer_size, global_batch=global_batch)
+        if self.class_images_from is not None:
+            own, others = self.rows[: self._instances], self.rows[self._instances :]
+            return InTurns(RowOrder(own, seed=self.seed), RowOrder(others, seed=key(self.seed, "class images")))
         return RowOrder(self.rows, seed=self.seed)
 
     @property
@@ -100,6 +111,8 @@ class TrainData:
         the rows held out."""
         where = np.flatnonzero(self.digests).tobytes()
         beside = b"" if self.held_out is None else self.held_out.content.encode()
+        if self.class_images_from is not None:
+            beside += self.digests[self.class_images_from :].tobytes()
         return hashlib.blake2b(self.fingerprint.encode() + where + beside, digest_size=16).hexdigest()
 
     @property
@@ -136,8 +149,9 @@ class TrainData:
         were unusable then stay left out. No row may hold anything else (`data_changes.changes`).
         """
         digests, now = then["digests"], self.digests
+        own = digests[: self.class_images_from]
         assert len(digests) == len(now) and ((digests == now) | (digests == 0) | (now == 0)).all()
-        known = {"rows": np.flatnonzero(digests), "digests": digests, "fingerprint": fingerprint(digests)}
+        known = {"rows": np.flatnonzero(digests), "digests": digests, "fingerprint": fingerprint(own)}
         if self.held_out is not None:
             known["held_out"] = self.held_out.with_order_of({"digests": then["held_out"]})
         return replace(self, **known, sizes=then.get("sizes", self.sizes))
@@ -208,15 +222,23 @@ class TrainData:
         options, label = self.table.captions(row), self.table.label(row)
         words = {"seed": self.seed, "epoch": epoch, "row": row.number}
         caption = None if options is None else caption_of(options, self.table.wording(row), **words)
+        known = {"row": row.number, "caption": caption, "label": label, "loss_weight": self._loss_weight(row.number)}
         if self.latents is not None:
             moments, time_ids = self.latents.read(row.number, epoch)
-            return Sample(row.number, None, caption, label, time_ids, None, moments=moments)
-        image = decode(self.table.image_bytes(row), self.rules).image
+            return Sample(**known, pixels=None, time_ids=time_ids, low_res=None, moments=moments)
+        decoded = decode(self.table.image_bytes(row), self.rules)
+        mask = mask_of(decoded, self.table.mask_bytes(row), self.rules)
         small = decode(self.table.image_bytes(row.small), self.rules).image if row.small else None
         turn = epoch if self.rules.variants is None else epoch % self.rules.variants
-        place = {"seed": self.seed, "epoch": turn, "row": row.number}
-        made = prepare(image, self.rules, **place, shape=self.shape(row.number), small=small, factor=self.factor)
-        return Sample(row.number, made.pixels, caption, label, made.time_ids, made.low_res)
+        place = {"seed": self.seed, "epoch": turn, "row": row.number, "shape": self.shape(row.number)}
+        made = prepare(decoded.image, self.rules, **place, small=small, factor=self.factor, mask=mask)
+        shown = {"pixels": made.pixels, "time_ids": made.time_ids, "low_res": made.low_res, "mask": made.mask}
+        return Sample(**known, **shown)
+
+    def _loss_weight(self, row: int) -> float | None:
+        if self.class_images_from is None:
+            return None
+        return self.class_weight if row >= self.class_images_from else 1.0
 
 
 def open_data(cfg: TrainConfig, *, dataset: Dataset | None = None, progress: bool = True) -> TrainData:
@@ -279,6 +301,7 @@ def _open_stream(table: Rows, source: Source, cfg: TrainConfig, factor: int) -> 
         rows = rows.drawn(rules.max_train_samples, cfg.seed)
     refuse_or_warn(list(check(table, rows[:FIRST_ROWS], rules, factor=factor).bad.values()), source.name, rules)
     what = (rules.image_column, table.caption_columns, table.label_column, table.class_names, rules.low_res_column)
+    what += tuple(filter(None, (rules.mask_column, table.instance_prompt)))
     content = hashlib.blake2b(repr((table.dataset.footers, what)).encode(), digest_size=16)
     content.update(rows.starts.tobytes() + rows.counts.tobytes())
     facts = {

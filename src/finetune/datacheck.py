@@ -29,13 +29,13 @@ from finetune.config import Data
 from finetune.durable import write
 from finetune.errors import DataError
 from finetune.folder import MOST_LISTED, Problem
-from finetune.images import BadRow, decode, strict_pillow
+from finetune.images import BadRow, decode, mask_of, strict_pillow
 from finetune.rows import Row, Rows, Unreadable
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a name must not forge lines of a report
 IMAGE_DIGEST = 16  # bytes of the digest of an image that are kept
 CHUNK = 32  # rows that one thread reads at a time
-VERSION = 4  # of what a check does and stores; raise it with either
+VERSION = 5  # of what a check does and stores; raise it with either
 logger = logging.getLogger(__name__)
 
 
@@ -125,16 +125,19 @@ def _check_row(rows: Rows, row: Row, rules: Data, factor: int) -> _Checked:
         captions, label = rows.captions(row), rows.label(row)
         content = rows.image_bytes(row)
         decoded = decode(content, rules)
+        mask = rows.mask_bytes(row)
+        mask_of(decoded, mask, rules)
         small = rows.image_bytes(row.small) if row.small else b""
         if row.small:
             _check_pair(decode(small, rules).size, decoded.size, factor)
     except BadRow as problem:
         return _Checked(row.number, Problem(row.name, str(problem)), passing=isinstance(problem, Unreadable))
     images = [hashlib.blake2b(image).digest() for image in (content, small) if image]
+    masks = [hashlib.blake2b(mask, person=b"mask").digest()] if mask else []
     return _Checked(
         row.number,
         None,
-        digest=rows.digest(row, images),
+        digest=rows.digest(row, images + masks),
         image=images[0][:IMAGE_DIGEST],
         size=decoded.size,
         traits=decoded.traits,
@@ -163,7 +166,7 @@ def _facts(rows: Rows, good: list[_Checked], rules: Data) -> dict[str, Any]:
     facts["upscaled"] = sum(min(row.size) < rules.resolution for row in good)
     facts["duplicates"] = len(good) - len({row.digest for row in good})
     facts["traits"] = dict(sorted(Counter(trait for row in good for trait in row.traits).items()))
-    if rows.caption_columns:
+    if rows.caption_columns or rows.instance_prompt is not None:
         captions = [caption for row in good for caption in row.captions]
         lengths = [len(caption) for caption in captions]
         facts["captions"] = {
@@ -210,7 +213,8 @@ def _cache_entry(rows: Rows, numbers: np.ndarray, rules: Data, factor: int) -> P
     what = (
         VERSION, PIL.__version__, rows.dataset._fingerprint, rows.folders, rows.image_column, rows.caption_columns,
         rows.label_column, rows.class_names, settings, rules.max_aspect_ratio, _digest(numbers.tobytes()),
-        rows.low_res_column, factor, rows.label_from_filename,
+        rows.low_res_column, factor, rows.label_from_filename, rows.mask_column, rules.alpha_mask,
+        rules.unmasked_weight, rows.instance_prompt,
         *(() if rows.subsets is None else (rows.subsets.names, rows.subsets.repeats, rows.subsets.wording)),
     )  # fmt: skip
     name = f"{_digest(repr(what).encode())}.safetensors"

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from finetune import checkpoint, retention
 from finetune.config import Ema as EmaConfig
-from finetune.errors import surviving
+from finetune.config import TrainConfig
+from finetune.errors import ConfigError, surviving
 from finetune.sharding import sharded
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,24 @@ def by_module(average: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def parts_of(cfg: EmaConfig) -> list[str]:
     """The names of all averages in a checkpoint; the first is sampled and exported."""
     return [*(f"ema_{decay}" for decay in cfg.ema_max_decay), *map(part_of, cfg.relative_widths)]
+
+
+def averaged_part(cfg: TrainConfig, average: str | None) -> str:
+    """The part of a checkpoint that `average` means; "optimizer" if that is what averages.
+
+    average: a part, "ema" for the first average, "weights" for none; unset: the first, if there is one. Raises
+    ConfigError for one that the run did not keep.
+    """
+    parts = parts_of(cfg.ema) if cfg.ema.use_ema else []
+    if cfg.optimizer.kind == "schedule_free_adamw":
+        parts = ["optimizer"]
+    if average == "weights" or (average is None and not parts):
+        return "model"
+    if average in (None, "ema") and parts:
+        return parts[0]
+    if average not in parts:
+        raise ConfigError(f"--average {average}: the run kept {', '.join(parts) or 'no averages'}, beside weights")
+    return average
 
 
 def part_of(relative_width: float) -> str:

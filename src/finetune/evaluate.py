@@ -83,10 +83,9 @@ def load_subject(
 
     from finetune.conditioning import build_conditioner
     from finetune.data import open_data
-    from finetune.ema import by_module
-    from finetune.lora import load_trained_state
+    from finetune.ema import averaged_part
     from finetune.models import build_unet
-    from finetune.modules import choose_trained, kept_modules
+    from finetune.modules import choose_trained
     from finetune.objective import build_objective, without_own_code
     from finetune.space import build_space
 
@@ -104,14 +103,11 @@ def load_subject(
     space, conditioner = build_space(cfg, device), build_conditioner(cfg, classes, device)
     unet = build_unet(cfg, space, conditioner, seed=cfg.seed)
     choose_trained(cfg, unet, conditioner)
-    part = _part(cfg, average)
-    averages = {} if part == "model" else by_module(found.tensors(part))
-    for name, module in kept_modules(unet, conditioner).items():  # what was not trained is in no average
-        load_trained_state(module, found.tensors(name) | averages.get(name, {}))
-        module.requires_grad_(False)
+    part = averaged_part(cfg, average)
+    _load_weights(cfg, found, part, unet, conditioner)
     facts = {
         "step": found.step,
-        "weights": "of the last step" if part == "model" else part,
+        "weights": {"model": "of the last step", "optimizer": "the optimizer's average"}.get(part, part),
         "data": data or cfg.data.train_data_dir or cfg.data.dataset_name or cfg.data.dataset_config,
         "split": measured.rules.split,
         "data_fingerprint": measured.fingerprint,
@@ -153,6 +149,23 @@ def _config(folder: Path) -> TrainConfig:
     return load_text(path.read_text("utf-8"), name=str(path))
 
 
+def _load_weights(cfg: TrainConfig, found: Checkpoint, part: str, unet: UNet, conditioner: Conditioner) -> None:
+    """Give the modules the weights of a checkpoint, with the average `part` in the place of those that it is of."""
+    from finetune.ema import by_module
+    from finetune.lora import load_trained_state
+    from finetune.modules import kept_modules
+    from finetune.optimization import schedule_free_average
+
+    if part == "optimizer":
+        learned = unet.state_dict() if cfg.lora is None else found.tensors("model")
+        averages = {"model": schedule_free_average(learned, found.tensors(part), cfg.optimizer.adam_beta1)}
+    else:
+        averages = {} if part == "model" else by_module(found.tensors(part))
+    for name, module in kept_modules(unet, conditioner).items():  # what was not trained is in no average
+        load_trained_state(module, found.tensors(name) | averages.get(name, {}))
+        module.requires_grad_(False)
+
+
 def _on(cfg: TrainConfig, data: str | None, split: str | None) -> TrainConfig:
     """The config with the data that are measured on, prepared without chance."""
     rules = replace(cfg.data, center_crop=True, random_flip=False, split=split or cfg.data.split)
@@ -160,24 +173,10 @@ def _on(cfg: TrainConfig, data: str | None, split: str | None) -> TrainConfig:
         rules = replace(rules, dataset_name=data, train_data_dir=None, dataset_config=None, dataset_config_name=None,
                         revision=None,
                         split=split or "train", max_train_samples=None, streaming=False,
-                        shuffle_buffer_size=None)  # fmt: skip
+                        shuffle_buffer_size=None, mask_column=None, alpha_mask=False, unmasked_weight=0.0)  # fmt: skip
     if rules.dataset_name is None and rules.train_data_dir is None and rules.dataset_config is None:
         raise ConfigError("the run's data were passed from Python: name the data to measure on with --data")
     return replace(cfg, data=rules, validation=Validation() if data or split else cfg.validation)
-
-
-def _part(cfg: TrainConfig, average: str | None) -> str:
-    """The part of a checkpoint that `average` means."""
-    from finetune.ema import parts_of
-
-    parts = parts_of(cfg.ema) if cfg.ema.use_ema else []
-    if average == "weights" or (average is None and not parts):
-        return "model"
-    if average in (None, "ema") and parts:
-        return parts[0]
-    if average not in parts:
-        raise ConfigError(f"--average {average}: the run kept {', '.join(parts) or 'no averages'}, beside weights")
-    return average
 
 
 # ---------------------------------------------------------------------------------------------- bits per dimension

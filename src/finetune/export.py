@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import ConfigMixin, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from finetune.card import draw_loss, model_card, read_metrics
@@ -26,6 +25,7 @@ from finetune.durable import to_disk
 from finetune.errors import FinetuneError, NonFiniteError
 from finetune.pipeline_conditions import kinds_of
 from finetune.pipelines import UNetPipeline
+from finetune.pretrained import own_memory
 from finetune.provenance import public_name, published_config, published_run
 
 _FOLDER, _TEMPORARY, _OLD = "pipeline", ".pipeline-tmp-", ".pipeline-old-"
@@ -97,7 +97,8 @@ def verify(pipeline: DiffusionPipeline, folder: Path, *, same_kernels: bool) -> 
     Raises FinetuneError that names what differs.
     """
     with without_loading_bars():
-        loaded = type(pipeline).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        plain = {"add_watermarker": False} if isinstance(pipeline, StableDiffusionXLPipeline) else {}
+        loaded = type(pipeline).from_pretrained(folder, local_files_only=True, use_safetensors=True, **plain)
     originals, copies = dict(_modules(pipeline)), dict(_modules(loaded))
     _demand(originals.keys() == copies.keys(), f"it has the models {sorted(copies)}, not {sorted(originals)}")
     for component, original in originals.items():
@@ -110,19 +111,11 @@ def verify(pipeline: DiffusionPipeline, folder: Path, *, same_kernels: bool) -> 
         if copies[component].dtype != original.dtype:  # diffusers loads half precision as float32
             copies[component].to(original.dtype)
         own_memory(copies[component])
+        for mine, theirs in zip(original.parameters(), copies[component].parameters(), strict=True):
+            theirs.requires_grad = mine.requires_grad  # torch.matmul looks at it, and then sums in another order
     images, again = _draw(pipeline), _draw(loaded)
     _demand(bool(np.isfinite(again).all()), "its samples are not finite")
     _demand(not same_kernels or np.array_equal(images, again), "its samples differ from those of the trained model")
-
-
-def own_memory(module: Any) -> None:
-    """Copy what a model's tensors hold out of the file that they are mapped from; nothing for other components.
-
-    What is mapped is not aligned as torch aligns, and BLAS may then sum in another order.
-    """
-    if isinstance(module, torch.nn.Module):
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
-            tensor.data = tensor.data.clone()
 
 
 @contextmanager
@@ -216,7 +209,7 @@ def _draw(pipeline: DiffusionPipeline) -> np.ndarray:
     """Two images of two steps (one, if two do not divide the training steps, as ddim wants): [2, H, W, C]."""
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"batch_size": 2}
-    kinds = {"text"} if isinstance(pipeline, StableDiffusionPipeline) else set()
+    kinds = {"text"} if isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline) else set()
     if isinstance(pipeline, UNetPipeline):
         kinds = set(kinds_of(pipeline))
     if "class_label" in kinds:

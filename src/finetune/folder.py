@@ -241,6 +241,7 @@ def _read_metadata(listing: Listing, path: Path, problems: list[Problem]) -> tup
             problems.append(Problem(line, reason if isinstance(record, str) else f"file_name {reason}"))
             continue
         name = str(PurePosixPath(record["file_name"]))
+        listed.update(cell for cell in record.values() if isinstance(cell, str) and cell in images)  # such as its mask
         listed.add(name)
         if name in images:
             rows.append({**record, "image": name})

@@ -42,13 +42,14 @@ class Frozen:
     """Where it was named, for messages."""
     revision: str | None = None
     subfolder: str | None = None
+    variant: str | None = None
     device: torch.device | str = "cpu"
     """Where it computes."""
 
     def load(self) -> nn.Module:
         """The model with its weights in float32, on `device`. Raises ConfigError."""
         place = {"setting": self.setting, "revision": self.revision, "subfolder": self.subfolder}
-        return load_pretrained(self.cls, self.name, **place).requires_grad_(False).to(self.device)
+        return load_pretrained(self.cls, self.name, variant=self.variant, **place).requires_grad_(False).to(self.device)
 
     def hollow(self) -> nn.Module:
         """The model without its weights (on torch's meta device): its configuration and its names. Raises ConfigError.
@@ -83,7 +84,7 @@ class Frozen:
         folder = self._folder()
         config = {key: value for key, value in self._config().items() if not key.startswith("_")}
         config.pop("transformers_version", None)
-        files = sorted(path for path in folder.glob("*.safetensors") if _is_default(path.name))
+        files = sorted(path for path in folder.glob("*.safetensors") if _is_of(path.name, self.variant))
         if not files:
             raise ConfigError(f"{self.setting}: no weights in safetensors files in {folder}")
         what = (self.cls.__name__, json.dumps(config, sort_keys=True, default=str), [_content(file) for file in files])
@@ -99,7 +100,7 @@ class Frozen:
         """The local folder of its files; those of the Hub are downloaded to the Hub's cache, as for loading it."""
         source = resolve_source(self.name, setting=self.setting, revision=self.revision)
         if not Path(source).is_dir():
-            source = _snapshot(source, self.setting, self.revision, self.subfolder)
+            source = _snapshot(source, self.setting, self.revision, self.subfolder, self.variant)
         folder = Path(source, self.subfolder or "")
         if not (folder / "config.json").is_file():
             what = f"no {self.cls.__name__} (config.json) in {folder}"
@@ -111,17 +112,22 @@ def _is_hollow(module: nn.Module) -> bool:
     return next(module.parameters()).is_meta
 
 
-def _is_default(name: str) -> bool:
-    """Whether a file holds weights that are loaded without a variant: not such as model.fp16.safetensors."""
-    stem = name.removesuffix(".safetensors")
-    return any(stem == known or stem.startswith(f"{known}-0") for known in STEMS)
+def _is_of(name: str, variant: str | None) -> bool:
+    """Whether a file holds weights of the variant: such as model.fp16.safetensors, or model.safetensors of none."""
+    stem, stems = name.removesuffix(".safetensors"), _stems(variant)
+    return any(stem == known or stem.startswith(f"{known}-0") for known in stems)
 
 
-def _snapshot(name: str, setting: str, revision: str | None, subfolder: str | None) -> str:
+def _stems(variant: str | None) -> list[str]:
+    return [stem if variant is None else f"{stem}.{variant}" for stem in STEMS]
+
+
+def _snapshot(name: str, setting: str, revision: str | None, subfolder: str | None, variant: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     prefix = f"{subfolder}/" if subfolder else ""
-    files = [f"{stem}{end}" for stem in STEMS for end in (".safetensors", "-0*.safetensors", ".safetensors.index.json")]
+    ends = (".safetensors", "-0*.safetensors", ".safetensors.index.json")
+    files = [f"{stem}{end}" for stem in _stems(variant) for end in ends]
     commit = commit_of(name, setting=setting, revision=revision)
     try:
         wanted = [prefix + file for file in ("config.json", *files)]

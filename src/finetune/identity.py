@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from pydantic_core import PydanticUndefined
+
 from finetune.config import TrainConfig
+from finetune.config_tree import SETTINGS
 from finetune.provenance import published_config
 
 Rule = Literal["fixed", "asked", "free"]
@@ -23,6 +26,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("objective.kind", "fixed"),
     ("objective.prediction_type", "fixed"),
     ("objective.*", "asked"),
+    ("optimizer.kind", "fixed"),
     ("optimizer.*", "asked"),
     ("ema.ema_max_decay", "fixed"),
     ("ema.ema_*", "asked"),
@@ -39,12 +43,15 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.image_interpolation_mode", "asked"),
     ("data.preparation", "asked"),
     ("data.background", "asked"),
+    ("data.alpha_mask", "asked"),
+    ("data.unmasked_weight", "asked"),
     ("data.streaming", "asked"),
     ("data.shuffle_buffer_size", "asked"),
     ("captions.*", "asked"),
     # What the saved weights, averages and random draws belong to.
     ("seed", "fixed"),
     ("space.*", "fixed"),
+    ("model.change_objective", "free"),
     ("model.*", "fixed"),
     ("lora*", "fixed"),
     ("conditioning.*", "fixed"),
@@ -59,6 +66,9 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.revision", "free"),
     ("data.split", "free"),
     ("data.*_column", "free"),
+    ("data.instance_prompt", "free"),
+    ("prior.weight", "asked"),
+    ("prior.*", "free"),
     ("data.label_from_filename", "free"),
     ("data.max_*", "free"),
     ("data.min_side", "free"),
@@ -133,7 +143,7 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], *, allow: Collecti
     """Compare two `run_settings`. allow: names of settings, or of whole sections of them."""
     found = Changes([], [], [], [])
     for name in sorted(saved.keys() | now.keys()):
-        if saved.get(name) == now.get(name):
+        if saved.get(name) == now.get(name) or (name not in saved and now[name] in _defaults(name)):
             continue
         rule = rule_of(name)
         if rule == "asked" and any(name == one or name.startswith(f"{one}.") for one in allow):
@@ -141,6 +151,12 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], *, allow: Collecti
         elif rule != "free" or not any(fnmatchcase(name, pattern) for pattern in UNTOLD):
             getattr(found, rule).append(name)
     return found
+
+
+def _defaults(name: str) -> list[Any]:
+    """What a setting is if nothing is said: so was a run that was saved before there was the setting."""
+    found = [setting.default for setting in SETTINGS.get(name, ()) if setting.default is not PydanticUndefined]
+    return json.loads(json.dumps(found))
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class Decoded:
     """Width and height of the upright image, in pixels."""
     traits: frozenset[str]
     """Which of "transparent", "more than 8 bits", "several frames", "rotated by EXIF", "CMYK" hold for the file."""
+    alpha: Image.Image | None = None
+    """How opaque each pixel is, mode L; None if all of them are, or unless rules.alpha_mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class Prepared:
     the resized image and, if it is mirrored, of the mirrored one; height and width of the training image."""
     low_res: torch.Tensor | None
     """[channels, side, side] float32 in [-1, 1]: the same part of the small image, if there is one."""
+    mask: torch.Tensor | None = None
+    """[1, resolution, resolution] float32 in [0, 1]: the same part of the mask, if there is one."""
 
 
 @contextmanager
@@ -97,14 +101,41 @@ def decode(content: bytes, rules: Data) -> Decoded:
                 "rotated by EXIF": turned,
                 "CMYK": upright.mode == "CMYK",
             }
+            alpha = upright.convert("RGBA").getchannel("A") if rules.alpha_mask and traits["transparent"] else None
             flat = _flatten(upright, rules)
-            return Decoded(flat, upright.size, frozenset(name for name, holds in traits.items() if holds))
+            return Decoded(flat, upright.size, frozenset(name for name, holds in traits.items() if holds), alpha)
     except BadRow:
         raise
     except UnidentifiedImageError:
         raise BadRow(f"is not a {', '.join(FORMATS)} image (it begins with {content[:12]!r})") from None
     except Exception as error:  # Pillow raises anything from OSError to SyntaxError or struct.error on a broken file
         raise BadRow(f"cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def mask_of(decoded: Decoded, content: bytes | None, rules: Data) -> Image.Image | None:
+    """How much each pixel of an image counts in the loss, mode L (255: in full) or F (1); None if there are no masks.
+
+    content: the encoded mask of data.mask_column; without one, a mask is the image's own transparency. To be called
+    within `strict_pillow`. Raises BadRow.
+    """
+    if not rules.masked:
+        return None
+    mask = decoded.alpha or Image.new("L", decoded.size, 255)
+    if content is not None:
+        limits = {name: getattr(rules, name) for name in ("resolution", "max_pixels", "min_side", "max_aspect_ratio")}
+        try:
+            found = decode(content, Data(**limits, channels=1, alpha_mask=True))
+        except BadRow as problem:
+            raise BadRow(f"has a mask that {problem}") from None
+        if found.size != decoded.size:
+            sizes = [f"{width}x{height}" for width, height in (decoded.size, found.size)]
+            raise BadRow(f"is {sizes[0]} and its mask {sizes[1]}: they must have one size")
+        if found.alpha and found.alpha.getextrema() != (255, 255):
+            raise BadRow("has a mask that is transparent in places: save it as grey, white where the image counts")
+        mask = found.image
+    if not rules.unmasked_weight and mask.getextrema()[1] == 0:
+        raise BadRow("has a mask that leaves out all of it: there is nothing to learn from it (data.unmasked_weight)")
+    return mask
 
 
 def prepare(
@@ -117,17 +148,21 @@ def prepare(
     shape: tuple[int, int] | None = None,
     small: Image.Image | None = None,
     factor: int = 1,
+    mask: Image.Image | None = None,
 ) -> Prepared:
     """Resize to just cover the training image, crop, mirror.
 
     `image` is what `decode` gives. shape: height and width of the training image; without it, the square of
     `rules.resolution`. The crop and the mirroring are functions of (seed, epoch, row). An image of the right size
     without mirroring keeps every pixel: value v of 0..255 becomes v / 127.5 - 1. small: the same picture at 1/factor of
-    the size, prepared alike; the crop then lies on whole pixels of it.
+    the size, prepared alike; the crop then lies on whole pixels of it. mask: as `mask_of` gives it, of the size of
+    `image`, and cut like it.
     """
     shape, original = shape or (rules.resolution, rules.resolution), (image.height, image.width)
     small_shape = shape[0] // factor, shape[1] // factor
     image = _resized(image, rules, shape)
+    if mask is not None:
+        mask = _resized(mask, rules, shape, mode="box")  # shares of area, so that nothing beyond its edge counts
     coarse = image if small is None else _resized(small, rules, small_shape)
     top, left = _corner(coarse, rules, small_shape, key(seed, "crop", epoch, row))
     top, left = top * factor, left * factor
@@ -137,6 +172,7 @@ def prepare(
         pixels=_cut(image, rules, (top, left), shape, flip),
         time_ids=(*original, top, seen_left, *shape),
         low_res=None if small is None else _cut(coarse, rules, (top // factor, left // factor), small_shape, flip),
+        mask=None if mask is None else _weights(mask, rules, (top, left), shape, flip),
     )
 
 
@@ -156,13 +192,13 @@ def covering(size: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
     return high, width * high // height
 
 
-def _resized(image: Image.Image, rules: Data, shape: tuple[int, int]) -> Image.Image:
-    """The image at the size that just covers `shape`.
+def _resized(image: Image.Image, rules: Data, shape: tuple[int, int], mode: str | None = None) -> Image.Image:
+    """The image at the size that just covers `shape`; mode: another filter than that of `rules`.
 
     By `preparation iddpm` as improved-diffusion makes it (Nichol & Dhariwal 2021), which rounds the long side.
     """
     if rules.preparation != "iddpm":
-        mode = InterpolationMode(rules.image_interpolation_mode)
+        mode = InterpolationMode(mode or rules.image_interpolation_mode)
         size = covering((image.height, image.width), shape)
         return F.resize(image, list(size), interpolation=mode, antialias=True)
     side, _ = shape  # a square
@@ -194,6 +230,12 @@ def _cut(
     else:
         pixels = pixels.clamp(0, 1) * 2 - 1  # bicubic and lanczos overshoot; 8-bit images were clipped by the resize
     return pixels.expand(rules.channels, *shape)
+
+
+def _weights(
+    mask: Image.Image, rules: Data, corner: tuple[int, int], shape: tuple[int, int], flip: bool
+) -> torch.Tensor:
+    return ((_cut(mask, rules, corner, shape, flip)[:1] + 1) / 2).clamp(min=rules.unmasked_weight)
 
 
 def background_rgb(colour: str) -> tuple[int, int, int]:

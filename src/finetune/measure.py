@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from finetune.config_io import load
 from finetune.errors import ConfigError
+from finetune.foundation import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def sigma_data_main(argv: list[str] | None = None) -> None:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("finetune sigma_data works in one process: start it without accelerate launch")
-    cfg = load(words)
+    cfg = resolve(load(words))
 
     import torch
 

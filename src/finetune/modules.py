@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.autoguidance import load_guide
-from finetune.conditioning import Conditioner, build_conditioner, text_encoders
+from finetune.conditioning import Conditioner, build_conditioner, text_encoders, texts_of
 from finetune.errors import ConfigError
 from finetune.lora import add_lora, add_text_lora, load_trained_state, trained_state
 from finetune.lora_formats import adapters_of, kohya_names_of
@@ -80,7 +80,7 @@ class Modules:
     @property
     def frozen(self) -> list[LatentSpace | Text]:
         """What holds a frozen model."""
-        return [each for each in (self.space, *self.conditioner.parts.values()) if isinstance(each, LatentSpace | Text)]
+        return [self.space] * isinstance(self.space, LatentSpace) + texts_of(self.conditioner)
 
     @property
     def parameters_frozen(self) -> int:
@@ -168,9 +168,8 @@ def choose_trained(cfg: TrainConfig, unet: UNet, conditioner: Conditioner) -> No
     encoders = text_encoders(conditioner)
     if cfg.train.train_text_encoder and not encoders:
         raise ConfigError(f"train.train_text_encoder: conditioning {conditioner.kind} has no text encoder: use false")
-    for part in conditioner.parts.values():
-        if isinstance(part, Text):
-            part.trained = cfg.train.train_text_encoder
+    for text in texts_of(conditioner):
+        text.trained = cfg.train.train_text_encoder
     for name, encoder in encoders.items():
         encoder.requires_grad_(cfg.train.train_text_encoder)
         if cfg.train.train_text_encoder and cfg.lora is not None:

@@ -112,6 +112,24 @@ class RowOrder(EpochOrder):
         return int(self._epoch(epoch)[index])
 
 
+class InTurns:
+    """Two orders in turns, one row of each: an epoch is that of the first, and the second goes on from one to the next.
+
+    Of prior preservation, so that half of any number of consecutive rows are class images, however many there are.
+    """
+
+    def __init__(self, first: EpochOrder, second: EpochOrder) -> None:
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return 2 * len(self.first)
+
+    def place(self, position: int) -> tuple[int, int]:
+        """See `Order`; each row in the epoch of its own order, so that none is cropped alike twice."""
+        turn, of_second = divmod(position, 2)
+        return (self.second if of_second else self.first).place(turn)
+
+
 class UnitOrder(EpochOrder):
     """Lanes over permuted units, as described at the top."""
 

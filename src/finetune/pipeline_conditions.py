@@ -9,12 +9,14 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
+from transformers import CLIPTextModelWithProjection
 
 from finetune.conditioning import Conditioner, assembled
 from finetune.conditions import ClassLabel, LowRes, Single, Size
 from finetune.config import TrainConfig
 from finetune.config_choices import CONDITIONS
 from finetune.errors import ConfigError
+from finetune.sdxl_texts import TwoTexts, sdxl_texts
 from finetune.text_conditions import PooledText, TextSequence
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ def text_modules(conditioner: Conditioner) -> dict[str, Any]:
     """The text encoders and tokenizers, as a pipeline names them; the pooled text's own comes second."""
     text, pooled = conditioner.parts.get("text"), conditioner.parts.get("pooled_text")
     modules: dict[str, Any] = {}
+    if isinstance(text, TwoTexts):
+        text, pooled = text.members
     if first := text or pooled:
         modules = {"text_encoder": first.text_encoder, "tokenizer": first.tokenizer}
     if text and pooled and pooled.text_encoder is not text.text_encoder:
@@ -41,6 +45,8 @@ def condition_settings(conditioner: Conditioner, cfg: TrainConfig) -> dict[str, 
     """What UNetPipeline must know of the conditions. Raises ConfigError if cfg.sample has a label that is no class."""
     parts = conditioner.parts
     dropped = [kind for kind, part in parts.items() if part.dropout]
+    if not dropped and cfg.conditioning.kind == "sdxl":
+        dropped = ["pooled_text", "text"]  # as when the UNet was trained: it has never been without the sizes
     settings: dict[str, Any] = {"conditioning": conditioner.kind}
     # A pretrained UNet was trained before, with a dropout that we do not know.
     all_known = len(dropped) == len(parts) or (not dropped and cfg.model.kind == "pretrained")
@@ -52,10 +58,10 @@ def condition_settings(conditioner: Conditioner, cfg: TrainConfig) -> dict[str, 
         label.condition(cfg.sample.class_labels)
         names = list(label.class_names) if label.class_names else None
         settings |= {"num_classes": label.num_classes, "class_names": names}
-    if isinstance(text := parts.get("text"), TextSequence):
-        settings["chunks"] = text.chunks
     if low_res := parts.get("low_res"):
         settings["low_res_side"] = low_res.side
+    if text := parts.get("text"):
+        settings |= {"clip_skip": text.clip_skip or None, "chunks": text.chunks}
     return settings
 
 
@@ -73,7 +79,13 @@ def conditioner_of(pipeline: UNetPipeline) -> Conditioner:
     config, device = pipeline.config, pipeline._execution_device
     dropped = kinds_of(pipeline) if config.dropped is None else config.dropped.split("+")
     parts: dict[str, Single] = {}
-    for kind in kinds_of(pipeline):
+    if "text" in kinds_of(pipeline) and isinstance(pipeline.text_encoder_2, CLIPTextModelWithProjection):
+        pairs = (pipeline.text_encoder, pipeline.tokenizer), (pipeline.text_encoder_2, pipeline.tokenizer_2)
+        modules = [{"text_encoder": encoder, "tokenizer": tokenizer} for encoder, tokenizer in pairs]
+        null = "zero" if "text" in config.zero_nulls.split("+") else "empty_prompt"
+        reads = {"clip_skip": config.clip_skip, "chunks": config.chunks}
+        parts = sdxl_texts(*modules, dropout=float("text" in dropped), null=null, **reads)
+    for kind in [kind for kind in kinds_of(pipeline) if kind not in parts]:
         options: dict[str, Any] = {"dropout": float(kind in dropped)}  # only whether there was any counts here
         options |= {"null": "zero"} if kind in config.zero_nulls.split("+") else {}
         if kind == "class_label":
@@ -85,10 +97,11 @@ def conditioner_of(pipeline: UNetPipeline) -> Conditioner:
             parts[kind] = Size(device=device, **options)
         elif kind == "pooled_text" and pipeline.text_encoder_2 is not None:
             parts[kind] = PooledText(pipeline.text_encoder_2, pipeline.tokenizer_2, **options)
+        elif kind == "pooled_text":
+            parts[kind] = PooledText(pipeline.text_encoder, pipeline.tokenizer, **options)
         else:
-            cls = {"pooled_text": PooledText, "text": TextSequence}[kind]
-            options |= {"chunks": config.chunks} if kind == "text" else {}
-            parts[kind] = cls(pipeline.text_encoder, pipeline.tokenizer, **options)
+            reads = {"chunks": config.chunks, "clip_skip": config.clip_skip}
+            parts[kind] = TextSequence(pipeline.text_encoder, pipeline.tokenizer, **reads, **options)
     return assembled(parts)
 
 

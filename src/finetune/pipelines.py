@@ -14,13 +14,14 @@ from diffusers import (
     DiffusionPipeline,
     SchedulerMixin,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finetune import guidance
 from finetune.autoguidance import load_guide
@@ -33,6 +34,7 @@ from finetune.models import UNet, bind
 from finetune.pipeline_conditions import condition_settings, conditioner_of, kinds_of, text_modules, wanted_of
 from finetune.sampling import Generators, Sampler, overridden
 from finetune.schedulers import ODE_SCHEDULERS, is_stock, sampling_scheduler, stable_diffusion_steps_so
+from finetune.sdxl_texts import TwoTexts
 from finetune.space import LatentSpace, PixelSpace, Space
 
 SETTINGS = tuple(each.name for each in fields(Sampling))
@@ -55,7 +57,7 @@ class UNetPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
-        text_encoder_2: CLIPTextModel | None = None,
+        text_encoder_2: CLIPTextModel | CLIPTextModelWithProjection | None = None,
         tokenizer_2: CLIPTokenizer | None = None,
         guide: UNet2DModel | UNet2DConditionModel | None = None,
         conditioning: str = "none",
@@ -66,6 +68,7 @@ class UNetPipeline(DiffusionPipeline):
         dropped: str | None = None,
         low_res_side: int | None = None,
         chunks: int = 1,
+        clip_skip: int | None = None,
         trained_respacing: str | None = None,
         rescale_timesteps: bool = False,
         num_inference_steps: int | None = None,
@@ -80,10 +83,11 @@ class UNetPipeline(DiffusionPipeline):
         guidance_interval: list[float] | None = None,
     ) -> None:
         """conditioning: none, or class_label, pooled_text, text, low_res, size joined by "+". text_encoder_2,
-        tokenizer_2: of the pooled text, if it has its own. guide: the weaker network of autoguidance. zero_nulls: the
-        conditions whose absence is zero, not an index or the empty prompt; dropped: those that training dropped, which
-        guidance extrapolates from (unset: all; empty: none); both joined by "+". low_res_side: of the small image.
-        chunks: of 75 tokens each, in which the text sequence is read.
+        tokenizer_2: of the pooled text, if it has its own; of SDXL, its second. guide: the weaker network of
+        autoguidance. zero_nulls: the conditions whose absence is zero, not an index or the empty prompt; dropped: those
+        that training dropped, which guidance extrapolates from (unset: all; empty: none); both joined by "+".
+        low_res_side: of the small image. chunks: of 75 tokens each, in which the text sequence is read; clip_skip:
+        layers of the text encoders left out, as in training.
 
         solver: one of samplers.SOLVERS, with a scheduler of EDM or rectified flow; the others are their own solvers.
         trained_respacing, rescale_timesteps: as in the objective. The rest are the defaults of the call's arguments of
@@ -95,7 +99,7 @@ class UNetPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide=guide, **text)
         self.register_to_config(conditioning=conditioning, num_classes=num_classes, class_names=class_names)
         self.register_to_config(zero_nulls=zero_nulls, dropped=dropped, low_res_side=low_res_side)
-        self.register_to_config(chunks=chunks)
+        self.register_to_config(chunks=chunks, clip_skip=clip_skip)
         self.register_to_config(solver=solver, trained_respacing=trained_respacing, rescale_timesteps=rescale_timesteps)
         self.register_to_config(num_inference_steps=num_inference_steps, respacing=respacing, eta=eta)
         self.register_to_config(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
@@ -212,7 +216,9 @@ class UNetPipeline(DiffusionPipeline):
 
     def _network(self, unet: UNet, condition: Condition) -> guidance.Network:
         dtype, device = unet.dtype, self._execution_device
-        condition = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in condition.items()}
+        # Half precision has no room for sizes: bfloat16 makes 1024 of 1023.
+        exact = {k for k, v in condition.items() if k == "time_ids" or not v.is_floating_point()}
+        condition = {k: v.to(device, None if k in exact else dtype) for k, v in condition.items()}
         network = bind(unet, condition)
         return lambda x, t: network(x.to(dtype), t).float()
 
@@ -250,15 +256,12 @@ def build_pipeline(
         if cfg.sampler == "ddim":
             return DDIMPipeline(unet, sampler)
     if stock and _is_stable_diffusion(unet, space, conditioner) and stable_diffusion_steps_so(sampler, cfg):
-        return StableDiffusionPipeline(
-            vae=space.vae,
-            unet=unet,
-            scheduler=sampler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            **text,
-        )
+        modules = {"vae": space.vae, "unet": unet, "scheduler": sampler, **text}
+        if conditioner.kind == "text":
+            checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            return StableDiffusionPipeline(**modules, **checker)
+        zeros = conditioner.parts["text"].null == "zero"
+        return StableDiffusionXLPipeline(**modules, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
     if guide is None and cfg.sample.autoguidance is not None:
         guide = load_guide(cfg.sample.autoguidance, unet, scheduler)
     pipeline = UNetPipeline(
@@ -292,9 +295,15 @@ def _is_unconditional(unet: UNet, space: Space, conditioner: Conditioner) -> boo
 
 
 def _is_stable_diffusion(unet: UNet, space: Space, conditioner: Conditioner) -> bool:
-    """Whether StableDiffusionPipeline would sample what was trained: it has no shift and wants sides divisible by 8."""
-    if not (isinstance(unet, UNet2DConditionModel) and isinstance(space, LatentSpace) and conditioner.kind == "text"):
+    """Whether StableDiffusionPipeline or StableDiffusionXLPipeline would sample what was trained.
+
+    They have no shift, want sides divisible by 8, and guide from an unconditional case that leaves out no layers.
+    """
+    if not (isinstance(unet, UNet2DConditionModel) and isinstance(space, LatentSpace) and "text" in conditioner.parts):
         return False
-    if conditioner.parts["text"].null != "empty_prompt" or conditioner.parts["text"].chunks > 1:
+    text, parts = conditioner.parts["text"], conditioner.parts
+    plain = conditioner.kind == "text" and text.null == "empty_prompt"
+    xl = isinstance(text, TwoTexts) and parts.keys() == {"pooled_text", "text", "size"} and not parts["size"].dropout
+    if not (plain or xl) or text.clip_skip or text.chunks > 1:
         return False
     return not space.vae.config.shift_factor and space.size * space.factor % 8 == 0

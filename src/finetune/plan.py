@@ -28,6 +28,7 @@ def plan_text(trainer: Trainer) -> str:
             "buckets": buckets_line(trainer.data.facts, trainer.global_batch),
             "captions": captions_line(trainer.data.facts, cfg),
             "classes": classes_line(trainer.data.facts),
+            "prior": prior_line(trainer.data.facts, cfg),
             "space": f"{cfg.space.kind}, x0 {modules.space.channels}x{modules.space.size}x{modules.space.size}",
             "conditioning": conditioning_line(cfg),
             "cache": trainer.cached,
@@ -91,6 +92,8 @@ def data_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
     parts.append(f"{sizes} -> {about}{cfg.data.resolution}x{cfg.data.resolution}")
     if facts["upscaled"]:
         parts.append(f"{facts['upscaled']:,} upscaled")
+    if cfg.data.masked:
+        parts.append(f"loss masked by {'alpha' if cfg.data.alpha_mask else cfg.data.mask_column}")
     if "captions" in facts:
         parts.append(f"{facts['captions']['count']:,} captions ({facts['captions']['empty']:,} empty)")
     return ", ".join(parts)
@@ -136,6 +139,13 @@ def classes_line(facts: Mapping[str, Any], *, most: int = 8) -> str:
         return ""
     shown = ", ".join(f"{name} ({count:,})" for name, count in list(classes.items())[:most])
     return f"{len(classes)}: {shown}" + (", ..." if len(classes) > most else "")
+
+
+def prior_line(facts: Mapping[str, Any], cfg: TrainConfig) -> str:
+    """The class images; empty without."""
+    if cfg.prior is None:
+        return ""
+    return f"{facts['class_images']:,} class images, every other sample, counting {cfg.prior.weight:g}"
 
 
 def conditioning_line(cfg: TrainConfig) -> str:
@@ -209,16 +219,19 @@ def _named(choice: Levels | Weighting | Loss) -> str:
 
 
 def optimizer_line(cfg: TrainConfig) -> str:
-    """Learning rate, its schedule, and clipping."""
+    """The optimizer, its learning rate and schedule, and clipping."""
     optimizer, norm = cfg.optimizer, cfg.train.max_grad_norm
     warmup = f", {optimizer.lr_warmup_steps} warm-up steps" if optimizer.lr_warmup_steps else ""
     clipping = f", gradient norm at most {norm:g}" if norm else ""
     text = f" (text encoder {optimizer.text_encoder_lr:g})" if optimizer.text_encoder_lr else ""
-    return f"AdamW, learning rate {optimizer.learning_rate:g}{text}, {optimizer.lr_scheduler}{warmup}{clipping}"
+    rate = f"learning rate {optimizer.learning_rate:g}{text}, {optimizer.lr_scheduler}"
+    return f"{optimizer.title}, {rate}{warmup}{clipping}"
 
 
 def averages_line(cfg: TrainConfig) -> str:
     """The averages, or that there are none."""
+    if cfg.optimizer.kind == "schedule_free_adamw":
+        return "the optimizer's own, which samples and export use"
     if not cfg.ema.use_ema:
         return "none: samples and export use the last weights"
     ema, parts = cfg.ema, []
@@ -230,11 +243,12 @@ def averages_line(cfg: TrainConfig) -> str:
 
 
 def checkpoints_line(modules: Modules, cfg: TrainConfig) -> str:
-    """How often, how many, and the space on the disk they will take: weights, two moments of AdamW, averages."""
+    """How often, how many, and the space on the disk they will take: weights, state of the optimizer, averages."""
     parts = modules.states().values()
     weights = sum(tensor.numel() * tensor.element_size() for tensors in parts for tensor in tensors.values())
     averages = len(cfg.ema.averages) if cfg.ema.use_ema else 0
-    size = (weights + 4 * (2 * count_of(modules.trained) + averages * count_of(modules.averaged))) / 1e6
+    trained = cfg.optimizer.state_bytes * count_of(modules.trained)
+    size = (weights + trained + 4 * averages * count_of(modules.averaged)) / 1e6
     kept = cfg.checkpoint.checkpoints_total_limit
     # One more than are kept: the oldest goes only when the newest is whole.
     return (

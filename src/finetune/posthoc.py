@@ -160,7 +160,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _with_weights(run: Path, weights: dict[str, Tensor]) -> DiffusionPipeline:
     """The run's exported pipeline with these weights in its UNet and, where it was trained, its text encoder."""
     from finetune.ema import by_module
-    from finetune.export import own_memory
+    from finetune.pretrained import own_memory
     from finetune.sample import load_pipeline
 
     pipeline = load_pipeline(str(run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Mapping
@@ -105,7 +106,21 @@ def load_pretrained(
             f"{setting}: {source} does not hold every weight of a {cls.__name__}: {len(bad)} are missing or of another "
             f"shape, such as {bad[0]}: name a folder that does"
         )
+    own_memory(model)
     return model.eval()
+
+
+def own_memory(module: Any) -> None:
+    """Copy what a model's tensors hold out of the file that they are mapped from; nothing for other components.
+
+    What is mapped is not aligned as torch aligns, and BLAS may then sum in another order; and a file that is cut short
+    while it is mapped ends the process.
+    """
+    import torch
+
+    if isinstance(module, torch.nn.Module):
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 def load_tokenizer(name: str, *, setting: str, revision: str | None = None, subfolder: str | None = None) -> Any:

@@ -262,6 +262,7 @@ def check_sharding(accelerator: Processes, cfg: TrainConfig) -> None:
         raise ConfigError("train.mixed_precision: fp16 does not go with FSDP2: use bf16 or no")
     settings = {"train.compile": cfg.train.compile, "train.channels_last": cfg.train.channels_last}
     settings |= {"ema.snapshot_every": cfg.ema.snapshot_every, "sample.autoguidance": cfg.sample.autoguidance}
+    settings |= {"optimizer.kind": cfg.optimizer.kind != "adamw"}
     settings |= {"lora": cfg.lora, "train.train_text_encoder": cfg.train.train_text_encoder}
     if refused := [name for name, value in settings.items() if value]:
         raise ConfigError(f"{' and '.join(refused)}: does not go with FSDP2, remove it or launch without FSDP")

@@ -32,9 +32,11 @@ SOURCES = (
     ("space", "vae"),
     ("conditioning", "text_encoder"),
     ("conditioning", "tokenizer"),
+    ("conditioning", "pipeline"),
     *[("conditioning", of, name) for of in ("pooled_text", "text") for name in ("text_encoder", "tokenizer")],
     ("model", "pretrained_model_name_or_path"),
     ("lora", "pretrained"),
+    ("model", "single_file_config"),
     ("sample", "autoguidance"),
 )
 """The settings that hold a Hub id or a local path."""
@@ -151,6 +153,8 @@ def published_config(cfg: TrainConfig) -> TrainConfig:
     for name in ("train_data_dir", "dataset_config"):
         if value := values["data"][name]:
             values["data"][name] = _last_part(value)
+    if cfg.prior:
+        values["prior"]["class_data_dir"] = _last_part(cfg.prior.class_data_dir)
     if cfg.resume_from_checkpoint != "latest":
         values["resume_from_checkpoint"] = _last_part(cfg.resume_from_checkpoint)
     values["output_dir"] = _last_part(cfg.output_dir)

@@ -39,6 +39,8 @@ class Row:
     label: Any
     small: Row | None = None
     """Its small image, as a row of an image only."""
+    mask: Row | None = None
+    """Its mask, likewise."""
 
     @property
     def name(self) -> str:
@@ -62,6 +64,10 @@ class Rows:
     """Index of each class name; None if the column holds the indices themselves."""
     low_res_column: str | None = None
     """The column of the small images of super-resolution."""
+    mask_column: str | None = None
+    """The column of the masks of a masked loss."""
+    instance_prompt: str | None = None
+    """The caption of all rows, if one setting gives it."""
     label_from_filename: bool = False
     """Whether a class is named by the image's file name, up to its first "_", and label_column is of no account."""
     subsets: Subsets | None = None
@@ -76,23 +82,27 @@ class Rows:
         table = self.dataset[[int(number) for number in numbers]]
         nothing = {"bytes": None, "path": None}
         images = [image or nothing for image in table[self.image_column]]
-        small = [None] * len(images)
-        if self.low_res_column:
-            of = (image or nothing for image in table[self.low_res_column])
-            small = [
+        beside = {}
+        for column in filter(None, (self.low_res_column, self.mask_column)):
+            of = (image or nothing for image in table[column])
+            beside[column] = [
                 Row(number=int(number), content=image["bytes"], path=image["path"], captions=(), label=None)
                 for number, image in zip(numbers, of, strict=True)
             ]
+        none = [None] * len(images)
+        small, masks = beside.get(self.low_res_column, none), beside.get(self.mask_column, none)
         captions = [()] * len(images)
         if self.caption_columns:
             captions = list(zip(*(table[column] for column in self.caption_columns), strict=True))
         labels = table[self.label_column] if self.label_column else [None] * len(images)
         if self.label_from_filename:
             labels = [_class_of(image["path"]) for image in images]
+        columns = (numbers, images, captions, labels, small, masks)
         return [
-            Row(number=int(n), content=image["bytes"], path=image["path"], captions=cells, label=label, small=other)
-            for n, image, cells, label, other in zip(numbers, images, captions, labels, small, strict=True)
-        ]
+            Row(number=int(n), content=image["bytes"], path=image["path"], captions=cells, label=label, small=other,
+                mask=mask)
+            for n, image, cells, label, other, mask in zip(*columns, strict=True)
+        ]  # fmt: skip
 
     def name(self, row: Row) -> str:
         """What an error calls a row: its name, and the shard that holds it."""
@@ -122,9 +132,10 @@ class Rows:
         """
         if isinstance(self.dataset, Shards):
             return []
-        columns, indices = filter(None, (self.image_column, self.low_res_column)), self.dataset._indices
+        columns, indices = (self.image_column, self.low_res_column, self.mask_column), self.dataset._indices
         found = []
-        for column in map(self.dataset.data.column, columns):  # as Arrow: reading rows takes ten times as long
+        for name in filter(None, columns):
+            column = self.dataset.data.column(name)  # as Arrow: reading rows takes ten times as long
             inside = pc.is_valid(pc.struct_field(column, "bytes"))
             paths = pc.if_else(inside, None, pc.struct_field(column, "path")).to_numpy()
             if self.folders is not None:
@@ -147,8 +158,17 @@ class Rows:
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
             raise Unreadable(f"cannot be read: {error}") from None
 
+    def mask_bytes(self, row: Row) -> bytes | None:
+        """The encoded mask; None without a column of masks. Raises BadRow."""
+        try:
+            return self.image_bytes(row.mask) if row.mask else None
+        except BadRow as problem:
+            raise type(problem)(f"has a mask that {problem}") from None
+
     def captions(self, row: Row) -> tuple[str, ...] | None:
         """The captions that one is drawn from, at least one; None if captions are not used. Raises BadRow."""
+        if self.instance_prompt is not None:
+            return (self.instance_prompt,)
         if not self.caption_columns:
             return None
         options: list[str] = []
@@ -191,7 +211,7 @@ class Rows:
         return label
 
     def digest(self, row: Row, images: Sequence[bytes]) -> int:
-        """A number that identifies the images, captions and label of a usable row, wherever they are stored.
+        """A number that identifies the images, mask, captions and label of a usable row, wherever they are stored.
 
         images: the digest of each. 64 bits, signed as numpy's int64, never 0.
         """
@@ -215,7 +235,7 @@ def rows_of(
     dataset, columns = source.dataset, [data.image_column]
     caption_columns: tuple[str, ...] = ()
     _require(source, data.image_column, "data.image_column", "set it to the column that holds the images")
-    if captions:
+    if captions and data.instance_prompt is None:
         caption_columns = (data.caption_column,) if isinstance(data.caption_column, str) else data.caption_column
         remedy = (
             "set it to the column that holds the captions; in a folder of images, write a.txt beside each a.jpg, or a "
@@ -229,6 +249,10 @@ def rows_of(
         remedy = "set it to the column that holds the small images, or unset it to make them from the large ones"
         _require(source, data.low_res_column, "data.low_res_column", remedy)
         columns.append(data.low_res_column)
+    if data.mask_column is not None:
+        remedy = "set it to the column that holds the masks, or unset it to train on whole images"
+        _require(source, data.mask_column, "data.mask_column", remedy)
+        columns.append(data.mask_column)
     class_names, class_index = None, None
     named_by_file = labels and data.label_from_filename
     if labels and not named_by_file:
@@ -238,7 +262,7 @@ def rows_of(
         class_index = {name: index for index, name in enumerate(class_names)} if named else None
         columns.append(data.label_column)
     dataset = dataset.select_columns(list(dict.fromkeys(columns)))
-    for column in filter(None, (data.image_column, data.low_res_column)):
+    for column in filter(None, (data.image_column, data.low_res_column, data.mask_column)):
         dataset = with_encoded_images(dataset, column, source.name)
     if named_by_file:
         class_names = _classes_of_files(dataset, data.image_column, source.name)
@@ -252,6 +276,8 @@ def rows_of(
         class_names=class_names,
         class_index=class_index,
         low_res_column=data.low_res_column,
+        mask_column=data.mask_column,
+        instance_prompt=data.instance_prompt if captions else None,
         label_from_filename=named_by_file,
         subsets=source.subsets,
         wordings=tuple(replace(wording, **own) for own in source.subsets.wording) if source.subsets else (wording,),

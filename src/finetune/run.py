@@ -17,10 +17,12 @@ from finetune import hub, lock
 from finetune.config import TrainConfig
 from finetune.config_io import is_main_process
 from finetune.config_launch import launch_settings
+from finetune.foundation import resolve
 from finetune.plan import plan_text
 from finetune.pretrained import pin
 from finetune.provenance import recorded_commits, refuse_secrets
 from finetune.signals import SIGNALS, Interrupted, stopped
+from finetune.single_file import is_single_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,6 +60,8 @@ def train(
         if is_main_process():
             until_done.enter_context(lock.hold(Path(cfg.output_dir)))
         pin(recorded_commits(Path(cfg.output_dir)))
+        if cfg.model.kind == "pretrained" and not is_single_file(cfg.model):  # which one process is to unpack
+            cfg = resolve(cfg)
 
         from finetune.export import without_loading_bars  # torch: only now, so that what cannot work is said at once
         from finetune.trainer import Trainer

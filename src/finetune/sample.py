@@ -42,7 +42,7 @@ def generate(
     processes: int = 1,
     **further: Any,
 ) -> list[Image]:
-    """Draw num_images images from a UNetPipeline or a stock DDPM, DDIM or StableDiffusion pipeline.
+    """Draw num_images images from a UNetPipeline or a stock DDPM, DDIM, StableDiffusion or StableDiffusionXL pipeline.
 
     Image i takes all its noise from a CPU generator seeded with seed + i, so it does not depend on batch_size, on the
     other images or on the device, and torch's global random state is not touched. Prompts, class labels and images (the
@@ -112,6 +112,7 @@ def conditioning_of(pipeline: DiffusionPipeline) -> str:
     if name == "UNetPipeline":
         return pipeline.config.conditioning
     kinds = {"DDPMPipeline": "none", "DDIMPipeline": "none", "StableDiffusionPipeline": "text"}
+    kinds["StableDiffusionXLPipeline"] = "pooled_text+text+size"
     if name not in kinds:
         raise ConfigError(f"cannot draw from a {name}: it must be a UNetPipeline or one of {', '.join(kinds)}")
     return kinds[name]
@@ -149,7 +150,7 @@ def _options(
             raise ConfigError(f"there is no condition to guide with: guidance_scale must be 1, got {guidance}")
     elif guidance is not None:
         options["guidance_scale"] = guidance
-    if name == "StableDiffusionPipeline" and guidance is not None:
+    if name.startswith("StableDiffusion") and guidance is not None:
         check_stable_diffusion_guidance(guidance)
     if name == "DDIMPipeline":
         options["use_clipped_model_output"] = True  # as in UNetPipeline
@@ -230,12 +231,19 @@ def load_pipeline(source: str) -> DiffusionPipeline:
 
         return lora_pipeline(Path(source))
     at = {} if Path(source).is_dir() else {"revision": commit_of(source, setting="finetune sample")}
-    from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+    from diffusers import (
+        DDIMPipeline,
+        DDPMPipeline,
+        DiffusionPipeline,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
     from safetensors import SafetensorError
 
     from finetune.pipelines import UNetPipeline
 
-    classes = {cls.__name__: cls for cls in (UNetPipeline, DDPMPipeline, DDIMPipeline, StableDiffusionPipeline)}
+    stock = (DDPMPipeline, DDIMPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline)
+    classes = {cls.__name__: cls for cls in (UNetPipeline, *stock)}
     try:
         index = DiffusionPipeline.load_config(source, **at)
     except (OSError, ValueError) as error:
@@ -251,6 +259,7 @@ def load_pipeline(source: str) -> DiffusionPipeline:
         raise ConfigError(f"{source} wants classes of {', '.join(map(str, foreign))}, which are not loaded: no code is "
                           "taken from a model repository")  # fmt: skip
     try:
+        at |= {"add_watermarker": False} if name == "StableDiffusionXLPipeline" else {}
         return classes[name].from_pretrained(source, use_safetensors=True, **at)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"the {name} of {source} could not be loaded: {' '.join(str(error).split())}") from error

@@ -37,6 +37,10 @@ class Sample:
     """Sizes: see `images.Prepared`."""
     low_res: torch.Tensor | None
     """The small image, if the data has one: see `images.Prepared`."""
+    mask: torch.Tensor | None = None
+    """How much each pixel counts, in a masked loss: see `images.Prepared`."""
+    loss_weight: float | None = None
+    """What its loss counts, with prior preservation."""
     replaced: Replaced | None = None
     """Set if `row` stands in for another one."""
     moments: torch.Tensor | None = None

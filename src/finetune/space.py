@@ -125,7 +125,7 @@ def build_space(cfg: TrainConfig, device: torch.device | str = "cpu") -> Space:
             f"space.vae must be an AutoencoderKL, {cfg.space.vae} holds a {config.get('_class_name')}: "
             'name its folder, such as space.subfolder "vae" of a pipeline'
         )
-    frozen = Frozen(cls=AutoencoderKL, name=cfg.space.vae, device=device, **place)
+    frozen = Frozen(cls=AutoencoderKL, name=cfg.space.vae, variant=cfg.space.variant, device=device, **place)
     vae = frozen.hollow() if cfg.cache.latents else frozen.load()
     if vae.config.latents_mean is not None or vae.config.latents_std is not None:
         raise ConfigError(

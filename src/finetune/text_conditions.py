@@ -53,7 +53,7 @@ class Text(Single):
         _check_pair(text_encoder, tokenizer)
         self.text_encoder = text_encoder.eval()
         self.tokenizer, self.dropout, self.null, self.weights = tokenizer, dropout, null, weights
-        self.width: int = text_encoder.config.hidden_size
+        self.width = self._width(text_encoder.config)
         self.chunks = 1
         """Pieces of the encoder's length that a text is read in."""
         self.trained = False
@@ -86,7 +86,7 @@ class Text(Single):
     @property
     def reads(self) -> str:
         """What is read of the text encoder, and how: all that an embedding depends on beside weights and tokenizer."""
-        return f"{self.kind} of {self.chunks} chunks"
+        return type(self).__name__
 
     @property
     def modules(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Text(Single):
         tokens = self.tokens(texts).flatten(0, 1)
         device = self.text_encoder.device
         with torch.autocast(device.type, enabled=False):  # the same embeddings in training and in sampling
-            states = self._read(self.text_encoder(tokens.to(device))).float()
+            states = self._read(tokens.to(device)).float()
         return states if self.chunks == 1 else _joined(states, self.chunks)
 
     @property
@@ -177,7 +177,12 @@ class Text(Single):
             rows.append(padded)
         return torch.tensor(rows)
 
-    def _read(self, output: Any) -> Tensor:
+    def _width(self, config: Any) -> int:
+        """The size of the embedding's last axis."""
+        return config.hidden_size
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """Token ids [n, L] -> embeddings [n, ...]."""
         raise NotImplementedError
 
 
@@ -187,8 +192,8 @@ class PooledText(Text):
     kind = "pooled_text"
     argument = "class_labels"
 
-    def _read(self, output: Any) -> Tensor:
-        return output.pooler_output
+    def _read(self, ids: Tensor) -> Tensor:
+        return self.text_encoder(ids).pooler_output
 
 
 class TextSequence(Text):
@@ -203,14 +208,34 @@ class TextSequence(Text):
     argument = "encoder_hidden_states"
 
     def __init__(
-        self, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *, chunks: int = 1, **options: Any
+        self,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        *,
+        chunks: int = 1,
+        clip_skip: int | None = None,
+        **options: Any,
     ) -> None:
-        """chunks: pieces that a text is read in. options: as of Text."""
-        super().__init__(text_encoder, tokenizer, **options)
-        self.chunks = chunks
+        """chunks: pieces that a text is read in. clip_skip: the last layers to leave out. options: as of Text.
 
-    def _read(self, output: Any) -> Tensor:
-        return output.last_hidden_state
+        Raises ConfigError for too many layers.
+        """
+        super().__init__(text_encoder, tokenizer, **options)
+        self.chunks, self.clip_skip = chunks, clip_skip or 0
+        if self.clip_skip >= (layers := text_encoder.config.num_hidden_layers):
+            raise ConfigError(f"clip_skip must be below the {layers} layers of the text encoder, got {clip_skip}")
+
+    @property
+    def reads(self) -> str:
+        """See `Text`."""
+        return f"{super().reads}, {self.chunks} chunks, clip_skip {self.clip_skip}"
+
+    def _read(self, ids: Tensor) -> Tensor:
+        if not self.clip_skip:
+            return self.text_encoder(ids).last_hidden_state
+        # As StableDiffusionPipeline, which fails with transformers 5: the normalisation has moved there.
+        states = self.text_encoder(ids, output_hidden_states=True).hidden_states[-1 - self.clip_skip]
+        return self.text_encoder.final_layer_norm(states)
 
 
 def _joined(states: Tensor, chunks: int) -> Tensor:
@@ -224,10 +249,10 @@ def with_token_facts(data: TrainData, conditioner: Conditioner) -> TrainData:
     there are, how many of them are `truncated`, and of `tokens` the limit and the longest. As it is without captions,
     and for a stream, whose captions are not known before they come.
     """
-    texts = [part for kind in ("text", "pooled_text") if isinstance(part := conditioner.parts.get(kind), Text)]
-    if not texts or "captions" not in data.facts:
+    read = conditioner.parts.get("text") or conditioner.parts.get("pooled_text")
+    if read is None or "captions" not in data.facts:
         return data
-    text = texts[0]
+    text = read.members[0]
     lengths = text.lengths(sorted(data.table.texts(data.rows)))
     facts = {
         "texts": len(lengths),

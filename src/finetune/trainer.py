@@ -17,20 +17,23 @@ from tqdm.auto import tqdm
 from finetune import tracking
 from finetune.batching import Batch, make_loader
 from finetune.caches import fill_caches
+from finetune.class_images import with_class_images
 from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
 from finetune.data import open_data
 from finetune.ema import Ema, drop_snapshots_after
 from finetune.errors import CheckpointError
 from finetune.failures import MicroBatch, command_to_resume, count_skipped, losing_nothing, whereabouts
+from finetune.foundation import resolve, with_prompts
 from finetune.kohya_config import refuse_differences
 from finetune.meter import Meter
 from finetune.models import bind
 from finetune.modules import build_modules
 from finetune.objective import Objective
-from finetune.optimization import build_optimizer, learning_rate
+from finetune.optimization import build_optimizer, evaluation_weights, learning_rate, require_package
 from finetune.pipelines import build_pipeline
 from finetune.previews import draw_samples
+from finetune.prior import make_class_images
 from finetune.processes import average_gradients, build_accelerator, largest, set_kernels
 from finetune.provenance import write_run_files
 from finetune.resume import as_the_run_began, find_checkpoint, resume, run_facts_of
@@ -72,20 +75,24 @@ class Trainer:
         cfg.objective's. trust: the packages whose code cfg.objective may name. Raises ConfigError, DataError or
         CheckpointError before anything is trained.
         """
-        self.cfg = cfg
         self.output_dir = Path(cfg.output_dir)
         self.accelerator = build_accelerator(cfg)
+        with self.accelerator.local_main_process_first():  # a single file is unpacked by the first
+            cfg = resolve(cfg)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         set_kernels(cfg.train)
+        require_package(cfg.optimizer)
         self.global_batch, self.accumulation, self.micro_batch = batch_plan(cfg, self.accelerator.num_processes)
 
         with self.accelerator.main_process_first():  # a broken one is renamed by the first that sees it
             found = find_checkpoint(cfg)
+        make_class_images(cfg, self.accelerator, trust=trust)
         with self.accelerator.local_main_process_first():  # its check of the data is cached for the others
             refuse_differences(cfg)
-            data = open_data(cfg, dataset=dataset)
+            data = with_class_images(cfg, open_data(cfg, dataset=dataset))
         self.data = as_the_run_began(data, found, self.accelerator)
+        self.cfg = cfg = with_prompts(cfg, self.data)
         self.replaced: set[int] = set()
         """Rows of which it was said that others stand in for them."""
         self.modules = build_modules(
@@ -215,7 +222,10 @@ class Trainer:
         condition = self.modules.conditioner(batch, random)
         if self.modules.has_dropout:  # the one draw that torch makes for itself: keyed by batch, micro-step and process
             torch.manual_seed(key(self.cfg.seed, "dropout", self.state.batches, micro, self.accelerator.process_index))
-        terms = self.modules.objective.loss(bind(self.network, condition), x0, random)
+        masked = {} if batch.mask is None else {"mask": batch.mask.to(self.accelerator.device, non_blocking=True)}
+        terms = self.modules.objective.loss(bind(self.network, condition), x0, random, **masked)
+        if batch.loss_weight is not None:
+            terms = dataclasses.replace(terms, weight=terms.weight * batch.loss_weight.to(terms.weight.device))
         return MicroBatch(batch.rows, terms, x0.isfinite().flatten(1).all(1))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -281,10 +291,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the UNet is in evaluation mode and holds the first average, if averages are kept."""
+        """Inside, the UNet is in evaluation mode and holds the first average, if the run or its optimizer keeps one."""
         self.modules.unet.eval()
         try:
-            with self.ema.swapped_in() if self.ema else contextlib.nullcontext():
+            with self.ema.swapped_in() if self.ema else evaluation_weights(self.optimizer.optimizer):
                 yield
         finally:
             self.modules.unet.train()

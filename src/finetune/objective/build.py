@@ -40,6 +40,7 @@ def build_objective(
     own = {name: _own(f"objective.{name}", piece, trust) for name, piece in pieces.items() if piece.kind == "custom"}
     own |= {"regression": own.pop("loss")} if "loss" in own else {}
     cfg = without_own_code(cfg)
+    cfg = cfg.filled() if cfg.kind == "ddpm" else cfg
     match cfg.kind:
         case "ddpm":
             return replace(_ddpm(cfg, clip_sample, global_batch), **own)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from finetune.objective.levels import LevelSampler, LossSecondMoment
 from finetune.objective.likelihood import Posterior
@@ -68,19 +69,34 @@ class Objective:
     scheduler: SchedulerMixin
     """The diffusers scheduler to sample with and to export. Training reads nothing from it."""
 
-    def loss(self, network: Network, x0: Tensor, random: PositionRandom) -> LossTerms:
-        """x0: [B, C, H, W] -> the loss at levels and noise drawn by `random`, whose device is that of x0."""
+    def loss(
+        self, network: Network, x0: Tensor, random: PositionRandom, *, mask: Tensor | None = None
+    ) -> LossTerms:
+        """x0: [B, C, H, W] -> the loss at levels and noise drawn by `random`, whose device is that of x0.
+
+        mask: see `loss_at`.
+        """
         level, weight = self.levels.sample(random)
         noise, input_noise = self.noise.sample(random, x0.shape[1:])
-        terms = self.loss_at(network, x0, level, noise, input_noise=input_noise)
+        terms = self.loss_at(network, x0, level, noise, input_noise=input_noise, mask=mask)
         return replace(terms, weight=weight.to(x0.device, torch.float32))
 
     def loss_at(
-        self, network: Network, x0: Tensor, level: Tensor, noise: Tensor, *, input_noise: Tensor | None = None
+        self,
+        network: Network,
+        x0: Tensor,
+        level: Tensor,
+        noise: Tensor,
+        *,
+        input_noise: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> LossTerms:
         """The loss of x0 [B, C, H, W] noised with `noise` [B, C, H, W] to `level` [B] (on the CPU); draws nothing.
 
-        input_noise: what x_t is made with in place of `noise`, which stays that of the target. Float32 whatever the
+        input_noise: what x_t is made with in place of `noise`, which stays that of the target. mask [B, 1, *, *]: how
+        much each place counts, of any size from that of x0 up, to which it is averaged by area; the loss is the mean of
+        mask * error over all places, counted or not, as in sd-scripts and OneTrainer: an image with a small mask counts
+        less than one with a large mask, and a place as much in the one as in the other. Float32 whatever the
         dtypes of x0 and of the output: in bfloat16, sqrt(1 - abar) is zero for the first levels. The importance weight
         is 1. Raises ValueError if the output has not the shape of x0, or if the variational bound meets x0 that are not
         8-bit pixels.
@@ -95,6 +111,8 @@ class Objective:
         parts = {}
         if self.variational is None or not self.variational.alone:
             error = self.regression.function(output - self.prediction.target(x0, noise, alpha, sigma))
+            if mask is not None:
+                error = error * adaptive_avg_pool2d(mask, error.shape[2:])
             parts[self.regression.name] = error = error.flatten(1).mean(1)
             _, c_out = self.prediction.pair(alpha, sigma)
             loss = error * per_sample(self.weighting(snr(alpha, sigma), self.regression.scale(c_out)), error)
