@@ -14,7 +14,7 @@ from finetune.config_io import dump, load, load_text
 from finetune.config_lora import Lora
 from finetune.errors import ConfigError
 from finetune.evaluate import load_subject
-from finetune.lora import add_lora, has_adapter, load_trained_state, merged, trained_state
+from finetune.lora import add_lora, has_adapter, load_trained_state, merge, trained_state
 from finetune.meter import Meter
 from finetune.plan import adapter_line, checkpoints_line, model_line
 from finetune.sample import load_pipeline
@@ -92,7 +92,8 @@ def test_a_layer_is_w_plus_s_b_a(parts, rslora):  # noqa: F811
     assert kinds == {"Linear", "Conv2d"}
     expected = plain(**arguments).sample
     torch.testing.assert_close(unet(**arguments).sample, expected, rtol=1e-4, atol=1e-5)
-    whole_unet = merged(unet)
+    whole_unet = copy.deepcopy(unet)
+    merge(whole_unet)
     torch.testing.assert_close(whole_unet(**arguments).sample, expected, rtol=1e-4, atol=1e-5)
     assert not has_adapter(whole_unet) and whole_unet.state_dict().keys() == plain.state_dict().keys()
     assert has_adapter(unet) and not hasattr(whole_unet, "peft_config")

@@ -11,6 +11,7 @@ import html
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,14 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~$:@^=])")
 _MOST_NAMES = 20
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraWords:
+    """What the card of a LoRA says where that of a pipeline speaks of the pipeline; Markdown."""
+
+    sentence: str
+    usage: str
+
+
 def model_card(
     cfg: TrainConfig,
     run: Mapping[str, Any],
@@ -35,20 +44,22 @@ def model_card(
     samples: bool,
     metrics: Sequence[Mapping[str, Any]],
     repo_id: str | None = None,
+    lora: LoraWords | None = None,
 ) -> str:
-    """README.md of an exported pipeline. Holds no local path, host or user name.
+    """README.md of an exported pipeline or LoRA. Holds no local path, host or user name.
 
     run: the content of run.json; pipeline: the name of the pipeline's class; samples: whether samples.png lies beside;
-    metrics: the lines of metrics.jsonl (with any, loss.png lies beside); repo_id: where it will be published.
+    metrics: the lines of metrics.jsonl (with any, loss.png lies beside); repo_id: where it will be published; lora: of
+    a LoRA, what is said of it instead.
     """
     public, run = published_config(cfg), published_run(dict(run), cfg)
     name = repo_id or public.hub.hub_model_id or public.output_dir
     parts = [
-        _front_matter(cfg),
+        _front_matter(cfg, lora=lora is not None),
         f"# {prose(name.split('/')[-1])}",
-        _sentence(public, pipeline, metrics),
+        lora.sentence if lora else _sentence(public, pipeline, metrics),
         _samples(public) if samples else "",
-        "## Use\n\n" + _usage(public, run, pipeline, name),
+        "## Use\n\n" + (lora.usage if lora else _usage(public, run, pipeline, name)),
         "## Data\n\n" + _table(_data_rows(cfg, run)),
         "## Training\n\n" + _table(_training_rows(public, run)),
         _results(metrics) if metrics else "",
@@ -103,7 +114,7 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
 # -- the parts -----------------------------------------------------------------------------------------------------
 
 
-def _front_matter(cfg: TrainConfig) -> str:
+def _front_matter(cfg: TrainConfig, *, lora: bool) -> str:
     """YAML that the Hub accepts: it refuses the whole push for a local path in base_model or an unknown licence."""
     kinds = conditions(cfg.conditioning).keys()
     task = "unconditional-image-generation"  # the Hub has no task "by class"
@@ -112,13 +123,14 @@ def _front_matter(cfg: TrainConfig) -> str:
     values: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": task,
-        "tags": ["diffusers", "finetune-unet", task, *by_class],
+        "tags": ["diffusers", "finetune-unet", task, *by_class, *["lora"] * lora],
     }
     dataset, base = cfg.data.dataset_name, _base(cfg)
     if dataset and not is_local(dataset):
         values["datasets"] = [dataset]
     if base and not is_local(base):
         values["base_model"] = base
+        values |= {"base_model_relation": "adapter"} if lora else {}
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 

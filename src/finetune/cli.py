@@ -22,6 +22,7 @@ USAGE = """usage: finetune COMMAND [options]
   sample      draw images                     finetune sample runs/digits --prompt "a handwritten seven" --out pictures
   evaluate    measure a run on data           finetune evaluate runs/digits_pixel --metrics bpd
   ema         average of another width        finetune ema runs/digits --relative_width 0.075 --out models/wider
+  merge       LoRA + model -> model           finetune merge lora.safetensors --base models/sd --out models/merged
   push        publish a finished run          finetune push runs/digits
   import      convert another checkpoint      finetune import iddpm model500000.pt --out models/cifar10
   sigma_data  measure the spread of x0        finetune sigma_data --config configs/train/digits_edm.yaml
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     commands = {"train": train, "sample": _sample, "evaluate": _evaluate, "ema": _ema, "push": _push}
-    commands |= {"import": _import, "sigma_data": _sigma_data, "cache": _cache, "config": _config}
+    commands |= {"merge": _merge, "import": _import, "sigma_data": _sigma_data, "cache": _cache, "config": _config}
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -160,6 +161,12 @@ def _import(argv: list[str]) -> None:
     import_main(argv)
 
 
+def _merge(argv: list[str]) -> None:
+    from finetune.merge_command import merge_main
+
+    merge_main(argv)
+
+
 def _config(argv: list[str]) -> int:
     from finetune.config_io import config_main
 
@@ -175,9 +182,11 @@ def _push(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's output_dir")
     parser.add_argument("--hub_model_id", help='"name" or "owner/name"; default: as the run was configured')
     args = parser.parse_args(argv)
-    if not (args.run / "config.yaml").is_file() or (args.run / "model_index.json").is_file():
+    from finetune.config_export import is_exported
+
+    if not (args.run / "config.yaml").is_file() or is_exported(args.run):
         raise ConfigError(f"{args.run} is no run (a folder with config.yaml): give the output_dir of a finished run")
-    if not (args.run / "pipeline" / "model_index.json").is_file():
+    if not is_exported(args.run / "pipeline"):
         raise ConfigError(f"{args.run} is not finished: its training command, given again, goes on where it stopped")
 
     from dataclasses import replace

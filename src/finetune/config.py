@@ -30,6 +30,7 @@ from finetune.config_choices import (
     unet2d_contradictions,
 )
 from finetune.config_data import Data
+from finetune.config_export import Export, export_contradictions
 from finetune.config_lora import Lora, lora_contradictions
 from finetune.config_objective import DDPM, ZERO_SNR, Objective
 from finetune.config_optimizer import AdamW, Optimizer, optimizer_contradictions
@@ -204,6 +205,7 @@ class TrainConfig:
     sample: Sample = Field(default_factory=Sample)
     validation: Validation = Field(default_factory=Validation)
     cache: Cache = Field(default_factory=Cache)
+    export: Export = Field(default_factory=Export)
     hub: Hub = Field(default_factory=Hub)
     prior: Prior | None = None
 
@@ -272,6 +274,7 @@ class TrainConfig:
             )
         if not self.is_open:
             yield from contradictions(self.sample, objective, few_steps=self._few_steps)
+        yield from export_contradictions(self.export, lora=self.lora is not None)
         yield from optimizer_contradictions(self.optimizer, self.ema)
         yield from prior_contradictions(self, conditions(self.conditioning))
 

@@ -32,6 +32,10 @@ class Lora:
     use_dora: bool = False
     """Weight-decomposed (Liu et al. 2024): besides, one magnitude per output channel is learned."""
 
+    pretrained: str | None = None
+    """Go on from this LoRA, of diffusers' or sd-scripts' naming: a .safetensors file, a folder or a Hub id. Its rank,
+    scale and layers must be the ones set here; a setting that differs is named."""
+
     @property
     def scale(self) -> float:
         """s."""

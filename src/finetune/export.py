@@ -55,18 +55,34 @@ def export(
     same model. Raises NonFiniteError for a weight that is NaN or infinite, FinetuneError if the proof fails.
     """
     check_finite(pipeline)
+    with replacing(output_dir) as folder:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        for path in folder.rglob("*config.json"):
+            _scrub(path)
+        _scrub(folder / "model_index.json")
+        lines = write_record(folder, cfg=cfg, run=run, samples=samples, metrics=metrics)
+        card = model_card(
+            cfg, run, pipeline=type(pipeline).__name__, samples=samples is not None, metrics=lines, repo_id=repo_id
+        )
+        (folder / "README.md").write_text(card)
+        verify(pipeline, folder, same_kernels=_same_kernels(pipeline, cfg))
+    return output_dir / _FOLDER
+
+
+@contextmanager
+def replacing(output_dir: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `output_dir/pipeline` if nothing is raised inside."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    target, temporary = output_dir / _FOLDER, output_dir / f"{_TEMPORARY}{os.getpid()}"
+    temporary = output_dir / f"{_TEMPORARY}{os.getpid()}"
     _tidy(output_dir)
     try:
-        _write(pipeline, temporary, cfg=cfg, run=run, samples=samples, metrics=metrics, repo_id=repo_id)
-        verify(pipeline, temporary, same_kernels=_same_kernels(pipeline, cfg))
+        temporary.mkdir()
+        yield temporary
         to_disk(temporary)
-        _replace(target, temporary)
+        _replace(output_dir / _FOLDER, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return target
 
 
 def check_finite(pipeline: DiffusionPipeline) -> None:
@@ -128,20 +144,10 @@ def without_loading_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _write(
-    pipeline: DiffusionPipeline,
-    folder: Path,
-    *,
-    cfg: TrainConfig,
-    run: dict[str, Any],
-    samples: Path | None,
-    metrics: Path | None,
-    repo_id: str | None,
-) -> None:
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    for path in folder.rglob("*config.json"):
-        _scrub(path)
-    _scrub(folder / "model_index.json")
+def write_record(
+    folder: Path, *, cfg: TrainConfig, run: dict[str, Any], samples: Path | None, metrics: Path | None
+) -> list[dict[str, Any]]:
+    """Write config.yaml, run.json, samples.png and loss.png, as they may be shown; returns the lines of `metrics`."""
     (folder / "config.yaml").write_text(dump(published_config(cfg)))
     (folder / "run.json").write_text(json.dumps(published_run(run, cfg), indent=1))
     if samples is not None:
@@ -149,10 +155,7 @@ def _write(
     lines = read_metrics(metrics) if metrics is not None else []
     if lines:
         draw_loss(lines, folder / "loss.png")
-    card = model_card(
-        cfg, run, pipeline=type(pipeline).__name__, samples=samples is not None, metrics=lines, repo_id=repo_id
-    )
-    (folder / "README.md").write_text(card)
+    return lines
 
 
 def _scrub(path: Path) -> None:

@@ -92,6 +92,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("validation.levels", "asked"),
     ("validation.*", "free"),
     ("sample.*", "free"),
+    ("export.*", "free"),
     ("hub.*", "free"),
     ("output_dir", "free"),
     ("resume_from_checkpoint", "free"),

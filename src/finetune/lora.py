@@ -5,11 +5,9 @@ peft is used on the bare modules, because diffusers' add_adapter exists for UNet
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from diffusers import DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -100,21 +98,13 @@ def load_trained_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None
     module.load_state_dict(tensors, strict=False)
 
 
-def merged(module: nn.Module) -> nn.Module:
-    """A copy of a module with an adapter that computes the same by its own weights, W + s B A, and has no adapter."""
-    plain = copy.deepcopy(module)
-    for name, layer in list(plain.named_modules()):
+def merge(module: nn.Module) -> None:
+    """Take the adapter out of a module, in place, into its own weights W + s B A: it computes the same as before.
+
+    Raises ValueError if a weight would not be finite.
+    """
+    for name, layer in list(module.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge(safe_merge=True)
-            parent, _, leaf = name.rpartition(".")
-            setattr(plain.get_submodule(parent), leaf, layer.get_base_layer())
-    del plain.peft_config
-    return plain
-
-
-def merge_adapters(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline, with each module that has an adapter replaced by its merged copy."""
-    adapted = {name: part for name, part in pipeline.components.items()
-               if isinstance(part, nn.Module) and has_adapter(part)}  # fmt: skip
-    pipeline.register_modules(**{name: merged(part) for name, part in adapted.items()})
-    return pipeline
+            module.set_submodule(name, layer.get_base_layer())
+    del module.peft_config

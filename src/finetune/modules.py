@@ -13,8 +13,11 @@ from finetune.autoguidance import load_guide
 from finetune.conditioning import Conditioner, build_conditioner, text_encoders, texts_of
 from finetune.errors import ConfigError
 from finetune.lora import add_lora, add_text_lora, load_trained_state, trained_state
+from finetune.lora_formats import adapters_of, kohya_names_of
+from finetune.lora_loading import load_into
 from finetune.models import UNet, build_unet
 from finetune.objective import Objective, build_objective
+from finetune.pretrained import lora_file
 from finetune.space import LatentSpace, Space, build_space
 from finetune.text_conditions import Text
 
@@ -141,6 +144,11 @@ def build_modules(
     unet.to(device)
     weaker = cfg.sample.autoguidance
     guide = None if weaker is None else load_guide(weaker, unet, objective.scheduler)
+    if cfg.lora is not None and cfg.lora.pretrained is not None:
+        file = lora_file(cfg.lora.pretrained, setting="lora.pretrained")
+        load_into({"unet": unet} | text_encoders(conditioner), file)
+    if cfg.export.kohya:  # now, and not when the training is over
+        kohya_names_of(adapters_of({"unet": unet}), {"unet": unet})
     if cfg.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if cfg.train.channels_last:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.config_export import LORA_FILE
 from finetune.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,33 @@ def load_tokenizer(name: str, *, setting: str, revision: str | None = None, subf
     if len(tokenizer) <= 3:  # transformers makes an empty tokenizer where it finds no vocabulary
         raise ConfigError(f"{setting}: no vocabulary (tokenizer.json, or vocab.json and merges.txt) in {source}")
     return tokenizer
+
+
+def lora_file(name: str, *, setting: str) -> Path:
+    """The LoRA file that `name` stands for: a file, a folder or run that holds one, or a Hub id of such a repository.
+
+    In a folder it is pytorch_lora_weights.safetensors, or the only .safetensors file. Raises ConfigError.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    for folder in (path, path / "pipeline"):
+        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        if (folder / LORA_FILE) in files:
+            return folder / LORA_FILE
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise ConfigError(f"{setting}: {folder} holds {len(files)} .safetensors files: name one of them")
+    if path.exists() or not HUB_ID.fullmatch(name):
+        raise ConfigError(f"{setting}: {name!r} is no LoRA: give a .safetensors file, a folder with one, or a Hub id")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, LORA_FILE, revision=commit_of(name, setting=setting)))
+    except (OSError, ValueError) as error:  # what the Hub client raises, from no such file to no connection
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{setting}: the Hub repository {name} gave no {LORA_FILE}: {reason}") from error
 
 
 def load_model_config(cls: type, name: str, *, setting: str, revision: str | None, subfolder: str | None) -> dict:

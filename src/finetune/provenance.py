@@ -35,6 +35,7 @@ SOURCES = (
     ("conditioning", "pipeline"),
     *[("conditioning", of, name) for of in ("pooled_text", "text") for name in ("text_encoder", "tokenizer")],
     ("model", "pretrained_model_name_or_path"),
+    ("lora", "pretrained"),
     ("model", "single_file_config"),
     ("sample", "autoguidance"),
 )

@@ -83,19 +83,22 @@ def train(
 
 
 def export_run(trainer: Trainer) -> Path:
-    """Write output_dir/pipeline from the trainer's present weights, a LoRA merged into those that it adapts."""
+    """Write output_dir/pipeline from the trainer's present weights: the pipeline, or the LoRA if there is one."""
     from finetune.export import export
-    from finetune.lora import merge_adapters
+    from finetune.lora_export import export_lora, tags_of
+    from finetune.lora_formats import adapter_of
 
-    output_dir = trainer.output_dir
-    return export(
-        merge_adapters(trainer.pipeline()),
-        output_dir=output_dir,
-        cfg=trainer.cfg,
-        run=json.loads((output_dir / "run.json").read_text()),
-        samples=trainer.sample_path,
-        metrics=output_dir / "metrics.jsonl",
-    )
+    output_dir, kohya = trainer.output_dir, trainer.cfg.export.kohya
+    record = {
+        "output_dir": output_dir,
+        "cfg": trainer.cfg,
+        "run": json.loads((output_dir / "run.json").read_text()),
+        "samples": trainer.sample_path,
+        "metrics": output_dir / "metrics.jsonl",
+    }
+    if adapter_of(trainer.modules.unet) is None:
+        return export(trainer.pipeline(), **record)
+    return export_lora(trainer.pipeline(), kohya=kohya, tags=tags_of(trainer.data) if kohya else None, **record)
 
 
 def push(cfg: TrainConfig) -> str:

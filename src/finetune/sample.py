@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.config_export import LORA_FILE, is_exported
 from finetune.errors import ConfigError
 from finetune.grids import grid
 from finetune.pretrained import commit_of, resolve_source
@@ -251,6 +252,10 @@ def load_pipeline(source: str) -> DiffusionPipeline:
     Safetensors only, and no code from the repository. Raises ConfigError if there is none that this package can use.
     """
     source = pipeline_source(source)
+    if Path(source, LORA_FILE).is_file() and not Path(source, "model_index.json").is_file():
+        from finetune.lora_pipeline import lora_pipeline
+
+        return lora_pipeline(Path(source))
     at = {} if Path(source).is_dir() else {"revision": commit_of(source, setting="finetune sample")}
     from diffusers import (
         DDIMPipeline,
@@ -287,14 +292,14 @@ def load_pipeline(source: str) -> DiffusionPipeline:
 
 
 def pipeline_source(source: str) -> str:
-    """The folder or Hub id that holds model_index.json."""
+    """The folder or Hub id that holds model_index.json, or the folder of a LoRA."""
     source = resolve_source(source, setting="finetune sample")
     folder = Path(source)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        if not (folder / "pipeline" / "model_index.json").is_file():
+    if folder.is_dir() and not is_exported(folder):
+        if not is_exported(folder / "pipeline"):
             raise ConfigError(
-                f"{source} holds no pipeline: looked for model_index.json and pipeline/model_index.json; give the "
-                "output_dir of a finished run or the folder of a pipeline"
+                f"{source} holds no pipeline: looked for model_index.json and pipeline/model_index.json, of a LoRA for "
+                f"{LORA_FILE}; give the output_dir of a finished run or the folder of a pipeline"
             )
         return str(folder / "pipeline")
     return source
