@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from finetune import card, hub
+from finetune import hub, plots
 from finetune.config_io import load_text
 from finetune.errors import FinetuneError, NonFiniteError
 from finetune.export import check_finite, export, verify
@@ -262,8 +262,8 @@ def test_without_samples_and_metrics(parts, tmp_path):
 
 def test_metrics_are_drawn(tmp_path):
     lines = [{"step": i, "loss": 2.0**-i, "lr": 1e-4} for i in range(5)]
-    card.draw_loss(lines, tmp_path / "loss.png")
-    card.draw_loss([{"step": 1, "loss": 0.0}], tmp_path / "one.png")
+    plots.draw_loss(lines, tmp_path / "loss.png")
+    plots.draw_loss([{"step": 1, "loss": 0.0}], tmp_path / "one.png")
     with Image.open(tmp_path / "loss.png") as image:
         assert image.size == (840, 480) and len(np.unique(np.asarray(image))) > 20
         assert not image.text  # no software, no date: the same run gives the same bytes

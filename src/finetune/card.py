@@ -92,25 +92,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if line.get("loss") is not None]
 
 
-def draw_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot the loss, and the learning rate below it, over the optimizer steps to a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot: its state belongs to the user's notebook
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    steps = [line["step"] for line in metrics]
-    marker = "o" if len(steps) == 1 else None
-    upper.plot(steps, [line["loss"] for line in metrics], linewidth=1, marker=marker)
-    upper.set(ylabel="loss", yscale="log" if all(line["loss"] > 0 for line in metrics) else "linear")
-    lower.plot(steps, [line.get("lr") for line in metrics], linewidth=1, marker=marker, color="tab:gray")
-    lower.set(ylabel="learning rate", xlabel="optimizer step")
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3, which="both" if axes is upper else "major")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-
-
 # -- the parts -----------------------------------------------------------------------------------------------------
 
 

@@ -243,6 +243,8 @@ def bpd(subject: Subject, args: argparse.Namespace) -> None:
     """Bits per dimension -> bpd.json (totals), bpd.csv (by level) and bpd.png; prints the total."""
     from tqdm.auto import tqdm
 
+    from finetune.plots import draw_levels
+
     n = min(args.num_samples, len(subject.data))
     levels = len(subject.objective.process.alpha)
     batches = subject.batches(num_samples=n, batch_size=args.batch_size, seed=args.seed)
@@ -289,23 +291,6 @@ def write_levels(columns: dict[str, Tensor], timesteps: Tensor, path: Path) -> N
         for level, timestep in enumerate(timesteps.tolist()):
             pairs = [mean_and_error(column[:, level]).values() for column in columns.values()]
             writer.writerow([level, timestep, *(value for pair in pairs for value in pair)])
-
-
-def draw_levels(columns: dict[str, Tensor], path: Path) -> None:
-    """Plot the means of columns [N, T] over the levels to a PNG, one panel each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot: its state belongs to the user's notebook
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 2.2 * len(columns)), layout="constrained")
-    FigureCanvasAgg(figure)
-    labels = {"vb": "bits per dimension", "x0_mse": "squared error of x0", "noise_mse": "squared error of the noise"}
-    panels = figure.subplots(len(columns), 1, sharex=True)
-    for axes, (name, column) in zip(panels, columns.items(), strict=True):
-        axes.plot(column.mean(0).numpy(), linewidth=1)
-        axes.set(ylabel=labels[name], yscale="log")
-        axes.grid(alpha=0.3, which="both")
-    panels[-1].set(xlabel="noise level, least noise first")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -24,7 +24,7 @@ from diffusers import (
 )
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
-from finetune.card import draw_loss, model_card, read_metrics
+from finetune.card import model_card, read_metrics
 from finetune.config import TrainConfig
 from finetune.config_io import dump
 from finetune.durable import to_disk
@@ -154,6 +154,8 @@ def write_record(
         shutil.copyfile(samples, folder / "samples.png")
     lines = read_metrics(metrics) if metrics is not None else []
     if lines:
+        from finetune.plots import draw_loss  # matplotlib: only who draws pays
+
         draw_loss(lines, folder / "loss.png")
     return lines
 

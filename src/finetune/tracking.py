@@ -11,13 +11,19 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from finetune.config import Tracking, TrainConfig
 from finetune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from finetune.meter import Meter
+    from finetune.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -136,3 +142,17 @@ def _step(line: str) -> int:
 def due(step: int, every: int | None, last: int) -> bool:
     """Whether something that is done every so many steps (None: never), and after the last, is to be done now."""
     return step == last or (every is not None and step % every == 0)
+
+
+def line_of(trainer: Trainer, meter: Meter, bar: tqdm) -> dict[str, Any]:
+    """What metrics.jsonl takes of this step; the most telling numbers go to the progress bar, too."""
+    line = {
+        "epoch": trainer.state.batches * trainer.global_batch / len(trainer.data),
+        "samples_seen": trainer.state.batches * trainer.global_batch,
+        **meter.read(),
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "nonfinite_steps": trainer.state.nonfinite_steps,
+        "peak_memory_mb": peak_memory_mb(trainer.accelerator),
+    }
+    bar.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", img_s=f"{line['images_per_second']:.1f}")
+    return line

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
@@ -161,7 +161,7 @@ class Trainer:
                     if taken and self.validation and self._due(cfg.validation.every) and not self.stop:
                         self.validate(tracker)  # first, as it may decide that this step is the last
                     if taken and self._due(cfg.tracking.log_every):
-                        tracker.log(line := self._log_line(meter, bar), step=self.step)
+                        tracker.log(line := tracking.line_of(self, meter, bar), step=self.step)
                         self.saver.note(line)
                     if taken and cfg.ema.snapshot_every and self._due(cfg.ema.snapshot_every):
                         self.snapshot()  # before the checkpoint: what is resumed from has all that came before it
@@ -337,15 +337,3 @@ class Trainer:
     def _progress(self) -> tqdm:
         hidden = not self.accelerator.is_local_main_process
         return tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=hidden)
-
-    def _log_line(self, meter: Meter, bar: tqdm) -> dict[str, Any]:
-        line = {
-            "epoch": self.state.batches * self.global_batch / len(self.data),
-            "samples_seen": self.state.batches * self.global_batch,
-            **meter.read(),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "nonfinite_steps": self.state.nonfinite_steps,
-            "peak_memory_mb": tracking.peak_memory_mb(self.accelerator),
-        }
-        bar.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", img_s=f"{line['images_per_second']:.1f}")
-        return line
