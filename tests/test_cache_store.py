@@ -1,4 +1,4 @@
-"""Records on the disk: found by their key, whole or not at all, of any shape; `finetune cache`, which tidies them."""
+"""Records on the disk: found by their key, whole or not at all, of any shape; and `finetune cache`, which tidies up."""
 
 import os
 import pickle

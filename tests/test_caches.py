@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from finetune.batching import collate
 from finetune.cached import latent_keys
 from finetune.caches import fill_caches
 from finetune.data import open_data
-from finetune.errors import DataError
+from finetune.errors import DataError, ProcessError
 from finetune.images import decode, prepare, strict_pillow
 from finetune.modules import build_modules
 from finetune.processes import build_accelerator
 from finetune.seeding import PositionRandom
+from finetune.space import build_space
 from finetune.trainer import Trainer
 from forked import log, metrics, run, state, whole
 from tiny_models import config, make_parts, parts  # noqa: F401  (a fixture)
@@ -114,11 +116,29 @@ def test_the_posterior_is_drawn_anew_in_every_step(make):
     assert torch.equal(x0, again)
 
 
+def test_variants_take_turns_without_a_cache_too_and_captions_do_not(make, images):
+    rules = {"caption_column": ["text", "more"]}
+    cfg = make(latents=False, text=False, data={"variants": 3, **rules})
+    frames = [{"bytes": file.read_bytes(), "path": None} for file in sorted(images.glob("*.png"))]
+    words = {"text": [f"a{i}" for i in range(12)], "more": [f"b{i}" for i in range(12)]}
+    dataset = Dataset.from_dict({"image": frames, **words})
+    rows = list(range(12))
+    cfg = replace(cfg, data=replace(cfg.data, train_data_dir=None))
+    turns = [open_data(cfg, dataset=dataset, progress=False).samples(rows, [epoch] * 12) for epoch in range(6)]
+    pixels = [torch.stack([sample.pixels for sample in turn]) for turn in turns]
+    captions = [[sample.caption for sample in turn] for turn in turns]
+    for epoch in range(3):
+        assert torch.equal(pixels[epoch], pixels[epoch + 3]) and captions[epoch] != captions[epoch + 3]
+        assert not torch.equal(pixels[epoch], pixels[(epoch + 1) % 3])
+    endless = open_data(replace(cfg, data=replace(cfg.data, variants=None)), dataset=dataset, progress=False)
+    plain = [torch.stack([s.pixels for s in endless.samples(rows, [epoch] * 12)]) for epoch in (0, 3)]
+    assert torch.equal(plain[0], pixels[0]) and not torch.equal(plain[1], pixels[3])
+
+
 def check_batches(trainer: Trainer) -> int:
     """Compare each sample of an epoch and a half with its own row: caption, crop, latent. Returns how many."""
     plain = open_data(trainer.cfg, progress=False)
-    uncached = replace(trainer.cfg, cache=replace(trainer.cfg.cache, latents=False))
-    vae = build_modules(uncached, plain, torch.device("cpu"), global_batch=4).space
+    vae = build_space(replace(trainer.cfg, cache=replace(trainer.cfg.cache, latents=False)))
     loader, seen = iter(trainer.loader()), 0
     for _ in range(trainer.steps):
         batch = next(loader)
@@ -271,6 +291,42 @@ def test_a_row_that_cannot_be_read_any_more(make, images, tmp_path, monkeypatch)
     assert "made" in line
     [sample] = data.samples([4], [0])
     assert sample.replaced.row == 4 and sample.row != 4 and sample.moments is not None
+
+
+def test_a_process_that_cannot_make_its_share_ends_the_others(make, images, tmp_path):
+    own = tmp_path / "pictures"
+    shutil.copytree(images, own)
+
+    def spoilt(cfg):
+        from finetune import caches
+
+        keys_of = caches.latent_keys
+
+        def after_the_check(data):
+            (own / "05.png").write_bytes(b"no picture")  # the share of the second process
+            return keys_of(data)
+
+        caches.latent_keys = after_the_check
+        Trainer(cfg)
+
+    cfg = make(data={"train_data_dir": str(own), "variants": 1})
+    codes = run(cfg, processes=2, body=spoilt, seconds=60)
+    assert codes == [ProcessError.exit_code, DataError.exit_code]
+    assert "process 0 waits for nobody: process 1 ended: DataError: 05.png was changed since it was" in log(cfg)
+
+
+def test_a_damaged_record_is_made_anew(make, tmp_path, caplog):
+    data, _, _ = opened(make())
+    before = data.samples([3], [1])[0].moments
+    [file] = (tmp_path / "cache" / "latents").rglob("*.safetensors")
+    shard, index = data.latents.places[3, 1].tolist()
+    content = bytearray(file.read_bytes())
+    content[data.latents.records.shards[shard].starts[0] + index * before.nbytes + 9] ^= 64
+    file.write_bytes(content)
+    os.utime(file, (1, 1))
+    data, line, _ = opened(make())
+    assert "latents: 23 reused, 1 made" in line and "is damaged" in caplog.text
+    assert torch.equal(data.samples([3], [1])[0].moments, before)
 
 
 def test_latents_that_are_not_finite_are_refused_with_their_row(make, monkeypatch):

@@ -36,6 +36,42 @@ def test_what_is_unset_follows_from_the_objective(objective, sample, sampler, st
     assert load_text(dump(cfg)) == cfg
 
 
+STABLE_DIFFUSION = {
+    "space": {"kind": "latent", "vae": "v"},
+    "conditioning": {"kind": "text", "text_encoder": "t", "tokenizer": "t"},
+    "model": {"kind": "pretrained", "pretrained_model_name_or_path": "p"},
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "sample", "sampler", "steps", "guidance"),
+    [
+        ({}, {}, "dpmsolver++", 25, 7.5),
+        ({}, {"guidance_scale": 1.0}, "dpmsolver++", 25, 1.0),
+        ({}, {"scheduler": "unipc"}, "unipc", 1000, 7.5),
+        ({}, {"scheduler": "ddim", "num_inference_steps": 50}, "ddim", 50, 7.5),
+        ({"objective": {"kind": "ddpm", "num_train_timesteps": 10}}, {}, "dpmsolver++", 10, 7.5),
+        ({"objective": {"kind": "ddpm", "respacing": "250"}}, {}, "ddpm", 250, 7.5),
+        ({"objective": {"kind": "ddpm", "clip_sample": True}}, {}, "ddpm", 1000, 7.5),
+        ({"objective": {"kind": "flow"}}, {}, "flow_euler", 50, 7.5),
+        ({"conditioning": CLASSES}, {}, "dpmsolver++", 25, 1.0),
+        ({"space": {"kind": "pixel"}}, {}, "ddpm", 1000, 1.0),
+        ({"model": {"kind": "unet2d_condition"}}, {}, "ddpm", 1000, 1.0),
+    ],
+)
+def test_a_pretrained_latent_model_is_sampled_as_its_users_expect(sections, sample, sampler, steps, guidance):
+    sections = STABLE_DIFFUSION | sections
+    prompts = {"prompts": ["a"]} if sections["conditioning"]["kind"] == "text" else {}
+    cfg = config(**sections, sample=sample | prompts)
+    assert (cfg.sampler, cfg.sampling_steps, cfg.sample.guidance_scale) == (sampler, steps, guidance)
+    assert load_text(dump(cfg)) == cfg
+
+
+def test_what_the_few_steps_do_not_use_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"sample.eta: dpmsolver\+\+ does not use it, only ddim: .* change the samp"):
+        config(**STABLE_DIFFUSION, sample={"prompts": ["a"], "eta": 0.5})
+
+
 GUIDED = {"guidance_scale": 3.0}
 
 

@@ -44,6 +44,7 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
         ({"data": {"random_flip": False}}, "asked", "data.random_flip"),
         ({"data": {"buckets": "auto"}}, "asked", "data.buckets"),
         ({"data": {"image_interpolation_mode": "box"}}, "asked", "data.image_interpolation_mode"),
+        ({"data": {"variants": 2}}, "asked", "data.variants"),
         ({"sample": {"num_images": 3}}, "free", "sample.num_images"),
         ({"tracking": {"log_every": 5}}, "free", "tracking.log_every"),
         ({"checkpoint": {"checkpointing_steps": 3}}, "free", "checkpoint.checkpointing_steps"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finetune import checkpoint
+from finetune.autoguidance import load_guide
 from finetune.config_io import dump, load, load_text
 from finetune.config_lora import Lora
 from finetune.errors import ConfigError
@@ -39,12 +40,11 @@ def unet_of(parts, kind):  # noqa: F811
 
 
 def hashes(module):
-    """The bytes of every frozen tensor, by its name without an adapter."""
-    own = set(trained_state(module)) if has_adapter(module) else set()
+    """The bytes of every tensor but those of an adapter, by its name without one."""
     return {
         name.replace(".base_layer", ""): tensor.numpy().tobytes()
         for name, tensor in module.state_dict().items()
-        if name not in own
+        if ".lora_" not in name
     }
 
 
@@ -288,6 +288,19 @@ def test_samples_and_export_have_the_adapter(reference):
     with torch.no_grad():
         last = load_subject(Path(reference.output_dir), average="weights").unet(**arguments).sample
     assert (last - expected).abs().max() > 1e-4
+
+
+def test_an_earlier_adapter_guides(reference):
+    """Autoguidance by a checkpoint of the same run: the base with the adapter's slowest average."""
+    trainer = Trainer(reference)
+    folder = Path(reference.output_dir) / "checkpoints" / "step-00000008"
+    guide = load_guide(str(folder), trainer.modules.unet, trainer.modules.objective.scheduler)
+    expected = checkpoint.load(folder).tensors("ema_0.9")
+    live = trained_state(trainer.modules.unet)
+    assert not any(p.requires_grad for p in guide.parameters())
+    assert all(torch.equal(guide.state_dict()[name], expected[name]) for name in live)
+    assert not any(torch.equal(live[name], expected[name]) for name in live)
+    assert hashes(guide) == hashes(trainer.modules.unet)
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):

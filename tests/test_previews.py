@@ -52,6 +52,17 @@ def test_two_processes_draw_the_picture_of_one(pair):
         assert np.array_equal(picture(one, step), picture(two, step))
 
 
+def test_a_grid_before_the_first_step_is_that_of_the_model_as_it_was(pair, tmp_path):
+    """The learning rate is nearly nothing, so that each later grid is the same; and only where it is asked for."""
+    sample = {**MANY, "sample_every": None, "at_start": True}
+    settings = {"train": SHORT, "model": {"dropout": 0.0}, "optimizer": {"learning_rate": 1e-30}}
+    cfg = config(tmp_path / "run", sample=sample, **settings)
+    assert run(cfg) == [0], log(cfg)
+    assert np.array_equal(picture(cfg, 0), picture(pair[0], 2))
+    names = [sorted(path.name[5:13] for path in (Path(c.output_dir) / "samples").glob("*.png")) for c in (cfg, pair[0])]
+    assert names == [["00000000", "00000002"], ["00000001", "00000002"]]
+
+
 def test_negative_control_other_seeds_are_another_picture(pair, tmp_path):
     other = config(tmp_path / "run", train=SHORT, sample=MANY | {"sample_seed": 1}, model={"dropout": 0.0},
                    optimizer={"learning_rate": 1e-30})  # fmt: skip

@@ -19,6 +19,7 @@ from PIL import Image as Pillow
 from pydantic import TypeAdapter
 
 import finetune.run
+from finetune import evaluate
 from finetune.config import Validation
 from finetune.config_objective import Objective
 from finetune.data import open_data
@@ -26,7 +27,7 @@ from finetune.errors import DataError
 from finetune.objective import build_objective
 from finetune.seeding import PositionRandom, key
 from finetune.trainer import Trainer
-from finetune.validation import HeldOut, StratifiedLevels, standard_error
+from finetune.validation import HeldOut, StratifiedLevels, _with_levels_of_its_own, standard_error
 from forked import log, metrics, run, state, whole
 from tiny import config as tiny
 
@@ -130,6 +131,21 @@ def test_a_side_that_is_empty_is_refused(pictures, share, what):
         opened(pictures, share=share)
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"validation": {"every": 5}}, "validation.every: nothing is held out: set validation.held_out to a share"),
+        ({"validation": {"stop_on_overfit": True}}, "validation.stop_on_overfit: nothing is held out"),
+        ({"checkpoint": {"best_metric": "validation_loss"}}, "validation_loss is measured on images held out: set"),
+        ({"validation": {"held_out": 0.1}, "data": {"streaming": True}}, "which data.streaming does not read"),
+        ({"validation": {"held_out": 1.0}}, "less than 1"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_or_cannot_is_refused(sections, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(Path("unused"), **sections)
+
+
 # -- the measure -------------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +171,17 @@ def test_levels_lie_one_in_each_share_of_what_is_trained(settings, share_of):
     assert covered.min() > 70, "anywhere in the share: 100 of 400 are expected in each quarter of it"
     free, _ = objective.levels.sample(PositionRandom(0, torch.arange(8)))  # negative control
     assert np.floor(8 * share_of(free).numpy()).tolist() != list(range(8))
+
+
+def test_levels_that_training_draws_by_past_losses_are_uniform_in_the_measure():
+    settings = {"kind": "ddpm", "num_train_timesteps": 8, "variance": {"kind": "learned_range", "vb_loss": "kl"},
+                "levels": {"kind": "loss_second_moment", "history_per_term": 1}}  # fmt: skip
+    objective = build_objective(TypeAdapter(Objective).validate_python(settings), clip_sample=True)
+    objective.levels.update(torch.arange(8), torch.tensor([100.0, *[1.0] * 7]))
+    random = StratifiedLevels(0, 1, 8, "cpu")
+    level, weight = _with_levels_of_its_own(objective).levels.sample(random)
+    assert level.tolist() == list(range(8)) and (weight == 1).all()
+    assert objective.levels.sample(random)[0].tolist() != level.tolist()  # negative control
 
 
 def test_other_draws_of_the_measure_are_plain():
@@ -204,8 +231,16 @@ def test_one_row_of_each_image_is_measured(tmp_path, pictures):
     cfg = config(tmp_path / "run", validation={"held_out": SHARE, "max_images": 500})
     data = opened([*pictures, *pictures])
     both = HeldOut(data, cfg.validation).rows
-    assert [len(rows) for rows in both] == [len(data.held_out) / 2, len(data) / 2]
+    assert [len(rows) for rows in both] == [len(data.held_out) / 2] * 2 and not set(both[0]) & set(both[1])
     assert max(map(max, both)) < 300, "the first of the two"
+
+
+def test_other_data_are_evaluated_whole_and_its_own_by_what_was_trained_on():
+    cfg = config(Path("unused"), data={"train_data_dir": "photos"}, validation=HELD_OUT,
+                 checkpoint={"best_metric": "validation_loss"})  # fmt: skip
+    assert evaluate._on(cfg, None, None).validation == cfg.validation
+    for data, split in (("others", None), (None, "test")):
+        assert evaluate._on(cfg, data, split).validation.held_out == 0
 
 
 # -- in a run ----------------------------------------------------------------------------------------------------------
@@ -257,11 +292,11 @@ def test_lines_of_a_run(unbroken):
     lines = measured(unbroken)
     assert [line["step"] for line in lines] == [0, 2, 4, 6, 8, 9]
     names = {f"{side}_{what}" for side in ("validation", "train_validation") for what in ("loss", "stderr")}
-    assert names <= set(lines[0]) and "validation_rise_mean" not in lines[0]
+    assert names <= set(lines[0]) and "validation_rise" not in lines[0]
     lowest = math.inf
     for line in lines:
         if lowest < math.inf:
-            assert line["validation_rise_mean"] == pytest.approx(line["validation_loss"] - lowest)
+            assert line["validation_rise"] == pytest.approx(line["validation_loss"] - lowest)
             assert line["validation_rise_stderr"] < line["validation_stderr"], "paired"
         lowest = min(lowest, line["validation_loss"])
     facts = json.loads((Path(unbroken.output_dir) / "run.json").read_text())["data"]
@@ -306,11 +341,67 @@ def test_a_resumed_run_measures_and_judges_the_same(tmp_path, pictures, unbroken
     assert state(cfg, 9) == state(unbroken, 9) and "validation.safetensors" in state(cfg, 9)
 
 
+def test_a_signal_to_one_of_two_processes_while_they_measure_saves_and_ends_both(tmp_path, pictures):
+    cfg = config(tmp_path / "run", validation=HELD_OUT, train={"max_train_steps": 3, "global_batch_size": 8})
+
+    def signalled(cfg):
+        real = HeldOut.loss
+
+        def loss(self, trainer, *rest):
+            if trainer.step == 2 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+            return real(self, trainer, *rest)
+
+        HeldOut.loss = loss
+        Trainer(cfg, dataset=table(pictures)).fit()
+
+    assert run(cfg, processes=2, body=signalled) == [75, 75], log(cfg)
+    assert [line["step"] for line in measured(cfg)] == [0] and "saved at step 2" in log(cfg)
+    assert run(cfg, processes=2, body=on(table(pictures))) == [0, 0], log(cfg)
+    assert [line["step"] for line in measured(cfg)] == [0, 2, 3]
+
+
 def test_a_start_that_was_killed_before_a_checkpoint_measures_step_0_once(tmp_path, pictures):
     cfg = config(tmp_path / "run", validation=HELD_OUT, checkpoint={"checkpointing_steps": 100})
     assert run(cfg, body=on(table(pictures)), stop=(2, signal.SIGKILL)) == [-signal.SIGKILL]
     assert run(cfg, body=on(table(pictures))) == [0], log(cfg)
     assert [line["step"] for line in measured(cfg)] == [0, 2, 4, 6, 8, 9]
+
+
+def test_other_levels_are_asked_for_and_not_compared_with(tmp_path, pictures):
+    cfg = config(tmp_path / "run", validation=HELD_OUT, checkpoint={"checkpointing_steps": 4})
+    assert run(cfg, body=on(table(pictures)), stop=(5, signal.SIGTERM)) == [75]
+    other = config(tmp_path / "run", validation=HELD_OUT | {"levels": 2})
+    assert run(other, body=on(table(pictures))) == [2] and "validation.levels: 3 -> 2" in log(cfg)
+    assert run(replace(other, allow_change=("validation.levels",)), body=on(table(pictures))) == [0], log(cfg)
+    assert log(cfg).count("of other images or levels than before") == 1
+    assert ["validation_rise" in line for line in measured(cfg)] == [False, True, True, False, True, True]
+    changed = config(tmp_path / "run", validation=HELD_OUT | {"held_out": 0.4})
+    assert run(changed, body=on(table(pictures))) == [2] and "validation.held_out: 0.3 -> 0.4" in log(cfg)
+
+
+def test_images_that_turn_unusable_cost_themselves_alone(tmp_path, pictures):
+    """data.on_error skip, one of each side: the order of training stays, and the broken image is not measured."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, content in enumerate(pictures[:40]):
+        (folder / f"{number:02}.png").write_bytes(content)
+    data = {"train_data_dir": str(folder), "on_error": "skip"}
+    cfg = config(tmp_path / "run", data=data, validation=HELD_OUT, conditioning={"kind": "none"})
+    assert run(cfg, stop=(5, signal.SIGTERM)) == [75], log(cfg)
+    lowest = sorted(range(40), key=lambda number: image_digest(pictures[number]) % 2**64)
+    for number in (lowest[0], lowest[-1]):
+        (folder / f"{number:02}.png").write_bytes(b"")
+    assert run(cfg) == [0], log(cfg)
+    assert "of other images or levels than before" in log(cfg)
+    assert [line["step"] for line in metrics(cfg) if "loss" in line] == [*range(1, 10)]
+    whole_again = config(tmp_path / "other", data=data, validation=HELD_OUT, conditioning={"kind": "none"})
+    for number in (lowest[0], lowest[-1]):
+        (folder / f"{number:02}.png").write_bytes(pictures[number])
+    assert run(whole_again) == [0], log(whole_again)
+    broken, fine = losses(cfg), losses(whole_again)
+    assert broken[:5] == fine[:5] and np.allclose(broken, fine, rtol=0.5), "at most single samples were replaced"
 
 
 # -- what is concluded -------------------------------------------------------------------------------------------------
@@ -335,7 +426,7 @@ def test_a_clear_rise_of_some_length_is_overfitting(pictures, caplog):
     judge, said = judged(pictures, rising, patience=3, stop_on_overfit=True)
     assert judge.ends and caplog.text.count("overfitting: at step 4") == 1
     assert "above that of step 1, 6.5, by more than 2 standard errors" in caplog.text
-    assert said[2]["validation_rise_mean"] == pytest.approx(0.5) and said[2]["validation_rise_stderr"] < 0.02
+    assert said[2]["validation_rise"] == pytest.approx(0.5) and said[2]["validation_rise_stderr"] < 0.02
     assert said[2]["validation_stderr"] > 2, "the means alone would tell nothing"
     assert not judged(pictures, rising[:4], patience=3, stop_on_overfit=True)[0].ends, "not long enough"
     assert not judged(pictures, rising, patience=3)[0].ends, "not asked for"
@@ -352,7 +443,7 @@ def test_negative_control_noise_or_a_rise_that_is_made_up_for_is_not(pictures, c
 def test_a_loss_that_is_not_finite_is_told_and_not_compared(pictures, caplog):
     judge, said = judged(pictures, [SPREAD, SPREAD * math.nan, SPREAD + 1], patience=1, stop_on_overfit=True)
     assert said[1]["validation_loss"] is None and "step 1 is not finite" in caplog.text
-    assert said[2]["validation_rise_mean"] == 1 and judge.ends
+    assert said[2]["validation_rise"] == 1 and judge.ends
 
 
 def sided(trained, held):
@@ -373,7 +464,7 @@ OVERFIT = {
     "optimizer": {"learning_rate": 2e-3, "lr_warmup_steps": 0},
     "ema": {"use_ema": False, "ema_max_decay": [0.9]},
     "train": {"max_train_steps": 40, "global_batch_size": 8},
-    "validation": {"held_out": 0.5, "every": 2, "patience": 2, "stop_on_overfit": True},
+    "validation": {"held_out": 0.5, "every": 2, "max_images": 8, "patience": 2, "stop_on_overfit": True},
     "checkpoint": {"checkpointing_steps": 2, "best_metric": "validation_loss"},
 }
 
@@ -403,10 +494,10 @@ def test_a_run_that_learns_what_does_not_hold_elsewhere_ends(tmp_path):
 
 
 def test_negative_control_a_run_that_learns_what_holds_elsewhere_goes_on(tmp_path):
-    cfg = config(tmp_path / "run", **OVERFIT | {"train": {"max_train_steps": 12, "global_batch_size": 8}})
+    cfg = config(tmp_path / "run", **OVERFIT | {"train": {"max_train_steps": 8, "global_batch_size": 8}})
     dataset = sided((200, 256), (200, 256))
     assert run(cfg, body=on(dataset)) == [0], log(cfg)
-    assert measured(cfg)[-1]["step"] == 12 and "overfitting" not in log(cfg)
+    assert measured(cfg)[-1]["step"] == 8 and "overfitting" not in log(cfg)
 
 
 def test_the_plan_says_what_it_costs(tmp_path):

@@ -18,6 +18,7 @@ in the resident memory of every process, and a file that is cut meanwhile ends t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -113,8 +114,8 @@ class Records:
         try:
             return _record(self._open(shard), file, index)
         except (OSError, Damaged) as problem:
-            if isinstance(problem, Damaged) and os.path.exists(file.path):
-                os.utime(file.path, (0, 0))  # to be read through by the next start
+            if isinstance(problem, Damaged):
+                _stamp(Path(file.path), 0)  # to be read through by the next start
             raise DataError(
                 f"the cache file {file.path} cannot be read any more: {problem}. Give the same command again: it makes "
                 "what is damaged anew"
@@ -181,7 +182,8 @@ def open_shelf(folder: Path) -> Shelf:
             found.append(read_shard(path))
         except Damaged as problem:
             log.warning("the cache file %s is damaged (%s): what it held is made anew", path, problem)
-            found += _saved_from(path)
+            with contextlib.suppress(OSError):  # no room, or a folder that may only be read: all of it is made anew
+                found += _saved_from(path)
         except FileNotFoundError:
             log.debug("%s was removed meanwhile", path)
     keys = np.concatenate([np.zeros((0, 2), np.int64), *(keys for _, keys in found)])
@@ -322,7 +324,8 @@ def _write_shard(folder: Path, records: Sequence[tuple[np.ndarray, np.ndarray, t
 
 
 def _stamp(path: Path, written: int) -> None:
-    os.utime(path, (time.time(), written))
+    with contextlib.suppress(OSError):  # of somebody else's file: it is read through by every start
+        os.utime(path, (time.time(), written))
 
 
 def _sum(*parts: np.ndarray | bytes) -> int:

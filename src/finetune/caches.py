@@ -74,7 +74,8 @@ def fill_caches(cfg: TrainConfig, data: TrainData, modules: Modules, accelerator
         data, line = _with_latents(cfg, data, modules.space, accelerator)
         lines.append(line)
     texts = texts_of(modules.conditioner) if cfg.cache.text else []
-    captions = sorted(data.table.texts(_usable(data))) if texts else []
+    measured = [data] if data.held_out is None else [data, data.held_out]
+    captions = sorted(set().union(*(each.table.texts(_usable(each)) for each in measured))) if texts else []
     for part in texts:
         lines.append(_with_texts(cfg, part, list(dict.fromkeys(["", *captions])), accelerator))
     for part in modules.frozen:
@@ -89,7 +90,7 @@ def _with_latents(
     folder = _folder(cfg, "latents", cfg.space.vae, space.weights.identity())
 
     def make(share: np.ndarray) -> None:
-        _make_latents(cfg, data, places[share], keys[share], space, folder)
+        make_latents(cfg, data, places[share], keys[share], space, folder)
 
     filled = _filled("latents", folder, keys, make, accelerator)
     by_row = np.full((len(data.images), data.rules.variants or 1, 2), -1, np.int32)
@@ -180,9 +181,13 @@ def encode_batch(resolution: int) -> int:
     return max(1, min(16, BATCH_PIXELS // resolution**2))
 
 
-def _make_latents(
+def make_latents(
     cfg: TrainConfig, data: TrainData, places: np.ndarray, keys: np.ndarray, space: LatentSpace, folder: Path
 ) -> None:
+    """Encode these rows and variants, [n, 2], and write them to `folder` under `keys`. Raises DataError.
+
+    Held in memory: one batch of images, and at most a shard of records.
+    """
     if not len(places):
         return
     size, dtype = encode_batch(cfg.data.resolution), cfg.cache.stored_dtype

@@ -205,7 +205,9 @@ def _data_rows(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, str]:
     else:
         rows["source"] = prose(_source(cfg))
     if "rows" in facts:
-        rows["images"] = f"{facts['rows']:,} used, {facts.get('left_out', 0):,} left out"
+        held_out = facts.get("held_out", 0)
+        rows["images"] = f"{facts['rows'] - held_out:,} used, {facts.get('left_out', 0):,} left out"
+        rows["images"] += f", {held_out:,} held out for validation" if held_out else ""
     if subsets := facts.get("subsets"):
         shown = ", ".join(f"{prose(one['name'])} ({one['images']:,} × {one['repeats']:,})" for one in subsets)
         rows["repeats"] = f"{shown}: each image counts once for each of its repeats"

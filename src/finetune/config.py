@@ -9,6 +9,7 @@ and resolution are given.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -34,7 +35,7 @@ from finetune.config_lora import Lora, lora_contradictions
 from finetune.config_objective import DDPM, ZERO_SNR, Objective
 from finetune.config_optimizer import AdamW, Optimizer, optimizer_contradictions
 from finetune.config_prior import Prior, prior_contradictions
-from finetune.config_sample import Sample, contradictions, sampler_of, steps_of
+from finetune.config_sample import GUIDANCE, Sample, contradictions, few_steps_suit, sampler_of, steps_of
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, PositiveOrZero, Width, Words, section
 from finetune.config_validation import Validation, validation_contradictions
 
@@ -212,6 +213,8 @@ class TrainConfig:
         if not (found := list(self._unsettled())):
             if self.model.kind != "pretrained":
                 self._settle()
+            if self.sample.guidance_scale is None and not self.is_open:
+                self._settle_guidance()
             found = list(self._contradictions())
         if problems := [f"{place}: {problem}" for place, problem in found]:
             raise ValueError("\n".join(problems))
@@ -242,6 +245,12 @@ class TrainConfig:
         if self.objective.kind == "ddpm":
             object.__setattr__(self, "objective", self.objective.filled())
 
+    def _settle_guidance(self) -> None:
+        """How strongly samples are guided, where nothing is said."""
+        text, guided = {"pooled_text", "text"} & conditions(self.conditioning).keys(), not self.sample.autoguidance
+        scale = GUIDANCE if text and guided and self._published else 1.0
+        object.__setattr__(self, "sample", replace(self.sample, guidance_scale=scale))
+
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         """Rules between sections, as (place, problem) pairs; those about what is open wait until it is not."""
         if self.conditioning.kind != "auto":
@@ -264,7 +273,7 @@ class TrainConfig:
                 f"{'data.alpha_mask' if self.data.alpha_mask else 'data.mask_column'}"
             )
         if not self.is_open:
-            yield from contradictions(self.sample, objective)
+            yield from contradictions(self.sample, objective, few_steps=self._few_steps)
         yield from export_contradictions(self.export, lora=self.lora is not None)
         yield from optimizer_contradictions(self.optimizer, self.ema)
         yield from prior_contradictions(self, conditions(self.conditioning))
@@ -294,7 +303,7 @@ class TrainConfig:
         if self.space.kind != "auto":
             yield from cache_contradictions(self.cache, data, self.space.kind, parts, **changing)
         yield from lora_contradictions(self, text=bool(text))
-        if self.sample.guidance_scale not in (0.0, 1.0) and self.sample.autoguidance is None:
+        if self.sample.guidance_scale not in (None, 0.0, 1.0) and self.sample.autoguidance is None:
             if kind == "none":
                 yield "sample.guidance_scale", "there is no condition to guide with: use 1"
             elif not pretrained and not any(part.condition_dropout for part in parts.values()):
@@ -305,10 +314,19 @@ class TrainConfig:
 
     @property
     def sampler(self) -> str:
-        """sample.scheduler, or the default of objective.kind."""
-        return sampler_of(self.sample, self.objective.kind)
+        """sample.scheduler, or the default of objective.kind or of a pretrained model."""
+        return sampler_of(self.sample, self.objective.kind, few_steps=self._few_steps)
 
     @property
     def sampling_steps(self) -> int:
         """How many steps the sampler takes."""
-        return steps_of(self.sample, self.objective)
+        return steps_of(self.sample, self.objective, few_steps=self._few_steps)
+
+    @property
+    def _published(self) -> bool:
+        """Whether the model is one such as Stable Diffusion, whose users expect what its own pipeline does."""
+        return self.model.kind == "pretrained" and self.space.kind == "latent"
+
+    @property
+    def _few_steps(self) -> bool:
+        return self._published and few_steps_suit(self.objective)

@@ -32,6 +32,11 @@ USED_BY = {
 CLIPPING = ("ddpm", "ddim", "heun")
 """Samplers that can clip the predicted clean sample."""
 
+FEW_STEPS = ("dpmsolver++", 25)
+"""Sampler and steps of a pretrained model that nothing else is said of (Lu et al. 2022 call 15 to 20 steps enough)."""
+
+GUIDANCE = 7.5  # of a pretrained model of text, as in diffusers' StableDiffusionPipeline
+
 DEFAULT_STEPS = 50  # of EDM and rectified flow, as generative-models' toys; of a DDPM, all timesteps that are trained
 
 
@@ -41,7 +46,7 @@ class Sampling:
 
     num_inference_steps: Count | None = None
     """Sampling steps; unset: every timestep that is trained for objective.kind ddpm (1000 as in train_unconditional),
-    50 for the others."""
+    50 for the others; 25 of dpmsolver++ for a pretrained model in latent space."""
     respacing: str | None = None
     """Timesteps of ddpm and ddim, in place of num_inference_steps: "250", "ddim50" or "10,20,30" (as
     objective.respacing); unset: num_inference_steps of those that are trained, evenly and with the last."""
@@ -82,6 +87,8 @@ class Sample(Sampling):
 
     sample_every: Count | None = None
     """Optimizer steps between two grids; unset: at the end only."""
+    at_start: bool = False
+    """Draw a grid before the first step too: what a pretrained model makes of the prompts by itself."""
     num_images: Count = 16
     """Images of a grid (16 as in train_unconditional); prompts and labels are repeated to fill it."""
     prompts: Words = ()
@@ -96,7 +103,10 @@ class Sample(Sampling):
         | None
     ) = None  # fmt: skip
     """Sampler, saved in the exported pipeline: edm_... for objective.kind edm, flow_... for flow, the rest for ddpm;
-    unset: ddpm, edm_heun or flow_euler."""
+    unset: ddpm, edm_heun or flow_euler; dpmsolver++ for a pretrained model in latent space."""
+    guidance_scale: PositiveOrZero | None = None
+    """Classifier-free guidance; 1 is none. Needs a condition trained with dropout, or sample.autoguidance. Unset: 7.5
+    for a pretrained model of text in latent space, as in diffusers' pipelines, else 1."""
     autoguidance: str | None = None
     """Guide by a weaker version of the model in place of the unconditional case (Karras et al. 2024): a run, a pipeline
     or UNet folder, or a checkpoint step-... of a run with the same UNet."""
@@ -155,26 +165,35 @@ def unused(sampler: str, settings: Sampling) -> Iterator[tuple[str, str]]:
             yield name, f"it changes guidance, and guidance_scale {settings.guidance_scale:g} is none: remove it"
 
 
-def sampler_of(sample: Sample, kind: str) -> str:
-    """sample.scheduler, or the default of objective.kind."""
-    return sample.scheduler or SAMPLERS.get(kind, ALL_SAMPLERS)[0]
+def few_steps_suit(objective: DDPM | EDM | Flow) -> bool:
+    """Whether the sampler of FEW_STEPS can sample what is trained."""
+    return objective.kind == "ddpm" and objective.respacing is None and not objective.clip_sample
 
 
-def steps_of(sample: Sample, objective: DDPM | EDM | Flow) -> int:
-    """How many steps the sampler takes; of what the objective leaves open, as for a new model."""
-    objective = objective.filled() if objective.kind == "ddpm" else objective
+def sampler_of(sample: Sample, kind: str, *, few_steps: bool = False) -> str:
+    """sample.scheduler, or the default of objective.kind, or of FEW_STEPS."""
+    return sample.scheduler or (FEW_STEPS[0] if few_steps else SAMPLERS.get(kind, ALL_SAMPLERS)[0])
+
+
+def steps_of(sample: Sample, objective: DDPM | EDM | Flow, *, few_steps: bool = False) -> int:
+    """How many steps the sampler takes; few_steps: of FEW_STEPS if nothing else is said."""
+    objective = objective.filled() if objective.kind == "ddpm" else objective  # what is left open, as for a new model
     if sample.respacing is not None and objective.kind == "ddpm":
         return len(space_timesteps(objective.num_train_timesteps, sample.respacing))
     if sample.num_inference_steps is not None:
         return sample.num_inference_steps
     if objective.kind != "ddpm":
         return DEFAULT_STEPS
+    if few_steps and sampler_of(sample, objective.kind, few_steps=True) == FEW_STEPS[0]:
+        return min(FEW_STEPS[1], objective.num_train_timesteps)
     return len(trained_timesteps(objective.num_train_timesteps, objective.respacing))
 
 
-def contradictions(sample: Sample, objective: DDPM | EDM | Flow) -> Iterator[tuple[str, str]]:
+def contradictions(
+    sample: Sample, objective: DDPM | EDM | Flow, *, few_steps: bool = False
+) -> Iterator[tuple[str, str]]:
     """Rules between the sampler and the objective, as (place, problem) pairs."""
-    sampler, kind = sampler_of(sample, objective.kind), objective.kind
+    sampler, kind = sampler_of(sample, objective.kind, few_steps=few_steps), objective.kind
     if sampler not in (fits := SAMPLERS.get(kind, ALL_SAMPLERS)):
         fitting = ", ".join(fits)
         yield "sample.scheduler", f"{sampler} does not remove the noise of objective.kind {kind}: use one of {fitting}"

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.config import Checkpoint as CheckpointConfig
+from finetune.config import Validation
 from finetune.config_choices import conditions
 from finetune.config_io import load_text
-from finetune.config_validation import Validation
 from finetune.errors import ConfigError, DataError
 from finetune.seeding import PositionRandom, permutation
 
@@ -168,7 +169,7 @@ def _load_weights(cfg: TrainConfig, found: Checkpoint, part: str, unet: UNet, co
 
 def _on(cfg: TrainConfig, data: str | None, split: str | None) -> TrainConfig:
     """The config with the data that are measured on, prepared without chance."""
-    rules = replace(cfg.data, center_crop=True, random_flip=False, split=split or cfg.data.split)
+    rules = replace(cfg.data, center_crop=True, random_flip=False, variants=None, split=split or cfg.data.split)
     if data is not None:
         rules = replace(rules, dataset_name=data, train_data_dir=None, dataset_config=None, dataset_config_name=None,
                         revision=None,
@@ -176,7 +177,9 @@ def _on(cfg: TrainConfig, data: str | None, split: str | None) -> TrainConfig:
                         shuffle_buffer_size=None, mask_column=None, alpha_mask=False, unmasked_weight=0.0)  # fmt: skip
     if rules.dataset_name is None and rules.train_data_dir is None and rules.dataset_config is None:
         raise ConfigError("the run's data were passed from Python: name the data to measure on with --data")
-    return replace(cfg, data=rules, validation=Validation() if data or split else cfg.validation)
+    # Of other data every row counts, and there is nothing that the loss of held-out ones could choose.
+    everything = {"validation": Validation(), "checkpoint": CheckpointConfig()} if data or split else {}
+    return replace(cfg, data=rules, **everything)
 
 
 # ---------------------------------------------------------------------------------------------- bits per dimension

@@ -280,7 +280,8 @@ def validation_line(trainer: Trainer) -> str:
 def samples_line(cfg: TrainConfig) -> str:
     """How many images, how, and when."""
     sample = cfg.sample
-    often = f"every {sample.sample_every:,} steps and at the end" if sample.sample_every else "at the end"
+    often = "before the first step, " * sample.at_start
+    often += f"every {sample.sample_every:,} steps and at the end" if sample.sample_every else "at the end"
     return f"{sample.num_images} images {often}, {cfg.sampler} in {cfg.sampling_steps} steps"
 
 

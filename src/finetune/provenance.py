@@ -155,6 +155,8 @@ def published_config(cfg: TrainConfig) -> TrainConfig:
             values["data"][name] = _last_part(value)
     if cfg.prior:
         values["prior"]["class_data_dir"] = _last_part(cfg.prior.class_data_dir)
+    if cfg.cache.folder:
+        values["cache"]["folder"] = _last_part(cfg.cache.folder)
     if cfg.resume_from_checkpoint != "latest":
         values["resume_from_checkpoint"] = _last_part(cfg.resume_from_checkpoint)
     values["output_dir"] = _last_part(cfg.output_dir)

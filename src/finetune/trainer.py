@@ -147,7 +147,8 @@ class Trainer:
         ):
             if self.validation and (self._due(cfg.validation.every) or self.validation.ends):
                 self.validate(tracker)
-            if self.step and self._due(cfg.sample.sample_every):  # stopped between this checkpoint and its samples
+            if cfg.sample.at_start if self.step == 0 else self._due(cfg.sample.sample_every):
+                # a step after the first: the run was stopped between this checkpoint and its samples
                 self.sample(again=self.step == self.steps)
             batches = meter.waiting(loaded)
             if self.step < self.steps:  # the first batch takes long, and while it does there is nothing to be saved

@@ -77,9 +77,10 @@ class HeldOut:
     def __init__(self, data: TrainData, cfg: Validation) -> None:
         """data: with rows held out."""
         self.cfg = cfg
-        trained = replace(data, rules=data.held_out.rules, buckets=None)
+        trained = replace(data, rules=data.held_out.rules, buckets=None, latents=None)  # other crops are trained
         self._sides = {"validation": data.held_out, "train_validation": trained}
-        self.rows = [_first_of_each_image(side, cfg.max_images) for side in self._sides.values()]
+        held_out = _first_of_each_image(data.held_out, cfg.max_images)
+        self.rows = [held_out, _first_of_each_image(trained, len(held_out))]
         """The rows that are measured: held out, and trained on."""
         self._images = data.image_numbers.view(np.int64)
         self.step: int | None = None
@@ -113,6 +114,8 @@ class HeldOut:
         ):
             sides = zip(self._sides.values(), self.rows, strict=True)
             mine = [self._share(trainer, data, rows) for data, rows in sides]
+        for frozen in trainer.modules.frozen:
+            frozen.put_aside()
         accelerator.wait_for_everyone()  # before the collectives, which do not wait for ever
         trainer.stop = int(largest(accelerator, SIGNALS.received))
         if trainer.stop:
@@ -147,13 +150,13 @@ class HeldOut:
         """Take in the losses of both sides, [images] float64 each."""
         line, now, self.step = {}, losses["validation"], step
         for name, side in losses.items():
-            line |= _mean_and_error(name, "loss", side)
+            line |= _mean_and_error(f"{name}_loss", f"{name}_stderr", side)
         if not now.isfinite().all():
             log.warning("the validation loss of step %d is not finite: it is not compared", step)
             return line
         if self._best is not None:
             difference = now - self._best
-            line |= _mean_and_error("validation_rise", "mean", difference)
+            line |= _mean_and_error("validation_rise", "validation_rise_stderr", difference)
             lowest = float(difference.mean()) < 0
             clearly = float(difference.mean()) > ERRORS * standard_error(difference)
             self._risen = self._risen + 1 if clearly else 0
@@ -187,12 +190,14 @@ class HeldOut:
     def load(self, found: Checkpoint) -> None:
         """Take over a checkpoint. Losses of other images or levels, which were allowed to change, are not compared."""
         known = found.state.get("validation", {})
-        if known.get("best_step") is None or known["levels"] != self.cfg.levels:
+        if known.get("best_step") is None:
             return
         saved = found.tensors("validation")
-        if np.array_equal(saved["images"].numpy(), self._images[self.rows[0]]):
-            self._best, self._best_step = saved["best"], known["best_step"]
-            self.step, self._risen = known["step"], known["risen"]
+        if known["levels"] != self.cfg.levels or not np.array_equal(saved["images"], self._images[self.rows[0]]):
+            log.warning("the validation loss is of other images or levels than before: compared from here on alone")
+            return
+        self._best, self._best_step = saved["best"], known["best_step"]
+        self.step, self._risen = known["step"], known["risen"]
 
 
 def standard_error(values: Tensor) -> float:
@@ -200,9 +205,9 @@ def standard_error(values: Tensor) -> float:
     return float(values.std(correction=1)) / math.sqrt(len(values))
 
 
-def _mean_and_error(name: str, mean: str, values: Tensor) -> dict[str, float | None]:
-    """{"<name>_<mean>": ..., "<name>_stderr": ...}; None for what is not finite, which JSON does not have."""
-    found = {f"{name}_{mean}": float(values.mean()), f"{name}_stderr": standard_error(values)}
+def _mean_and_error(mean: str, error: str, values: Tensor) -> dict[str, float | None]:
+    """Both by these names; None for what is not finite, which JSON does not have."""
+    found = {mean: float(values.mean()), error: standard_error(values)}
     return {key: value if math.isfinite(value) else None for key, value in found.items()}
 
 
