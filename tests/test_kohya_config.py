@@ -87,20 +87,38 @@ def test_the_nearest_table_wins(tmp_path):
 
 
 SAME = {"resolution": 16, "batch_size": 16, "flip_aug": False, "random_crop": True, "resize_interpolation": "bilinear",
-        "caption_dropout_rate": 0.1}  # fmt: skip
+        "caption_dropout_rate": 0.1, "enable_bucket": True, "bucket_reso_steps": 4, "min_bucket_reso": 8,
+        "max_bucket_reso": 32, "bucket_no_upscale": True, "alpha_mask": True}  # fmt: skip
 OTHER = {"resolution": 32, "batch_size": 4, "flip_aug": True, "random_crop": False, "resize_interpolation": "area",
-         "caption_dropout_rate": 0.0}  # fmt: skip
+         "caption_dropout_rate": 0.0, "enable_bucket": False, "bucket_reso_steps": 8, "min_bucket_reso": 4,
+         "max_bucket_reso": 64, "bucket_no_upscale": False, "alpha_mask": False}  # fmt: skip
+BUCKETS = {"buckets": "auto", "bucket_step": 4, "bucket_upscale": False}
+
+
+def stated(folder: Path, **keys) -> Path:
+    """A file that says `keys`, each in a table that may have it."""
+    inner = {key: value for key, value in keys.items() if key in SUBSET}
+    return written(folder, {"image_dir": "pics", **inner}, {key: keys[key] for key in keys.keys() - inner.keys()})
 
 
 @pytest.mark.parametrize("key", EQUAL)
 def test_a_key_that_is_a_setting_must_agree_with_it(key, tmp_path):
-    path = written(tmp_path, {"image_dir": "pics"}, {key: SAME[key]})
-    refuse_differences(config("text", dataset_config=str(path)))
-    path = written(tmp_path, {"image_dir": "pics"}, {key: OTHER[key]})
+    ours = BUCKETS if "bucket" in key else {"alpha_mask": True} if key == "alpha_mask" else {}
+    refuse_differences(config("text", dataset_config=str(stated(tmp_path, **{key: SAME[key]})), **ours))
+    path = stated(tmp_path, **{key: OTHER[key]})
     with pytest.raises(ConfigError) as caught:
-        refuse_differences(config("text", dataset_config=str(path)))
+        refuse_differences(config("text", dataset_config=str(path), **ours))
     message = str(caught.value)
-    assert message.startswith("data.toml:3: ") and key in message and f"set {EQUAL[key][0]} to " in message
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if text.startswith(key))
+    assert message.startswith(f"data.toml:{line}: {key} is ") and f"set {EQUAL[key][0]} to " in message
+
+
+def test_shapes_of_buckets_are_of_no_account_without_any(tmp_path):
+    """As in sd-scripts, where enable_bucket false ignores them; that there are buckets must be agreed on."""
+    keys = {key: OTHER[key] for key in EQUAL if "bucket" in key}
+    refuse_differences(config(dataset_config=str(stated(tmp_path, **keys))))
+    with pytest.raises(ConfigError, match="enable_bucket is true, but data.buckets is 'none': set data.buckets to 'auto'"):
+        refuse_differences(config(dataset_config=str(stated(tmp_path, **keys | {"enable_bucket": True}))))
 
 
 def test_agreement_in_other_words(tmp_path):

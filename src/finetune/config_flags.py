@@ -51,8 +51,12 @@ SWITCHES = {
 ALREADY = {
     "enable_xformers_memory_efficient_attention": "changes nothing: PyTorch's scaled_dot_product_attention, which "
     "needs as little memory, is always used",
+    "set_grads_to_none": "changes nothing: gradients are always set to None",
+    "validation_epochs": "is not in optimizer steps, as everything is here: pictures are drawn at the end, and with "
+    "sample.sample_every every so many steps",
 }
-"""Flags of diffusers' documented commands that ask for what is done in any case; this is said of them."""
+"""Flags of diffusers' documented commands that ask for what is done in any case, or at another time; this is said of
+them."""
 
 _LAYERS = "not offered: lora.target chooses the layers, attention by default"
 _TOKENS = "new tokens are not offered: train.train_text_encoder trains the encoder with the tokens that it has"
@@ -60,7 +64,6 @@ _VAE = "the VAE stays frozen: only the UNet is trained"
 _BIAS = "not offered: objective.levels chooses which timesteps are drawn, objective.weighting how much each counts"
 _FLUX = "for Flux transformers; this toolkit trains UNets"
 _DREAM = "DREAM training is not offered"
-_EPOCHS = "counted in optimizer steps here: use sample.sample_every"
 
 REFUSED = {
     # data
@@ -107,7 +110,6 @@ REFUSED = {
     "scale_lr": "remove it, and write the learning rate of the global batch into optimizer.learning_rate",
     "disc_lr_scheduler": _VAE,
     "adam_weight_decay_text_encoder": "not offered: optimizer.adam_weight_decay holds for all that is trained",
-    "set_grads_to_none": "remove it: gradients are always set to None",
     # precision and speed
     "enable_npu_flash_attention": "remove it: PyTorch's scaled_dot_product_attention is used already",
     "upcast_before_saving": "remove it: weights are trained and saved in float32",
@@ -121,8 +123,7 @@ REFUSED = {
     "save_model_epochs": "remove it: the model is exported at the end; checkpoint.checkpointing_steps saves between",
     "logging_dir": "remove it: logs are always in output_dir/logs",
     # validation and sampling
-    "save_images_epochs": _EPOCHS,
-    "validation_epochs": _EPOCHS,
+    "save_images_epochs": "counted in optimizer steps here: use sample.sample_every",
     "validation_image": _VAE,
     # Hub
     "hub_token": "the token comes from HF_TOKEN or `hf auth login`, never from an option, which others can read",

@@ -51,18 +51,18 @@ EQUAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "random_crop": ("data.center_crop", lambda value: not value),
     "resize_interpolation": ("data.image_interpolation_mode", lambda value: _FILTERS.get(value, value)),
     "caption_dropout_rate": ("conditioning.condition_dropout", lambda value: value),
+    "enable_bucket": ("data.buckets", lambda value: "auto" if value else "none"),
+    "bucket_reso_steps": ("data.bucket_step", lambda value: value),
+    "min_bucket_reso": ("data.bucket_min_side", lambda value: value),
+    "max_bucket_reso": ("data.bucket_max_side", lambda value: value),
+    "bucket_no_upscale": ("data.bucket_upscale", lambda value: not value),
+    "alpha_mask": ("data.alpha_mask", lambda value: value),
 }
 """The setting that a key is here, and the value of that setting which says the same."""
-_BUCKETS, _VALIDATION = "data.buckets and data.bucket_* say so for all images", "the section validation says so"
+_VALIDATION = "the section validation says so"
 _WARMUP, _COLOURS = "captions.tag_dropout leaves out tags all the time", "it is not offered"
 REPLACED: dict[str, tuple[Any, str]] = {
-    "enable_bucket": (False, _BUCKETS),
-    "min_bucket_reso": (256, _BUCKETS),
-    "max_bucket_reso": (1024, _BUCKETS),
-    "bucket_reso_steps": (64, _BUCKETS),
-    "bucket_no_upscale": (False, _BUCKETS),
     "is_reg": (False, "images for prior preservation are named by prior.class_data_dir"),
-    "alpha_mask": (False, "data.alpha_mask says so for all images"),
     "validation_split": (0.0, _VALIDATION),
     "validation_seed": (0, _VALIDATION),
     "enable_wildcard": (False, "give an image several captions instead: see data.caption_column"),
@@ -83,6 +83,8 @@ _TYPES = {"resolution": (int, list), "flip_aug": (bool,), "random_crop": (bool,)
 _TYPES |= {"resize_interpolation": (str,), "caption_dropout_rate": (int, float), "shuffle_caption": (bool,)}
 _TYPES |= {"keep_tokens": (int,), "keep_tokens_separator": (str,), "caption_separator": (str,)}
 _TYPES |= {"caption_prefix": (str,), "caption_suffix": (str,), "caption_tag_dropout_rate": (int, float)}
+_TYPES |= {"enable_bucket": (bool,), "bucket_no_upscale": (bool,), "alpha_mask": (bool,)}
+_TYPES |= dict.fromkeys(("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso"), (int,))
 _TYPES |= {key: (kind,) for key, kind in IMAGES.items()}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
@@ -175,6 +177,10 @@ def _ours(cfg: TrainConfig, setting: str) -> Iterator[tuple[str, Any]]:
     elif name == "train_batch_size":
         train = cfg.train
         yield setting, train.train_batch_size or (16 if train.global_batch_size is None else None)
+    elif name.startswith("bucket_"):
+        if cfg.data.buckets != "none":  # else nobody reads it, here or there
+            sides = {"bucket_min_side": cfg.data.shortest_side, "bucket_max_side": cfg.data.longest_side}
+            yield setting, sides.get(name, getattr(cfg.data, name))
     else:
         yield setting, getattr(getattr(cfg, section), name)
 
