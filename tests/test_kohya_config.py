@@ -117,7 +117,7 @@ def test_shapes_of_buckets_are_of_no_account_without_any(tmp_path):
     """As in sd-scripts, where enable_bucket false ignores them; that there are buckets must be agreed on."""
     keys = {key: OTHER[key] for key in EQUAL if "bucket" in key}
     refuse_differences(config(dataset_config=str(stated(tmp_path, **keys))))
-    with pytest.raises(ConfigError, match="enable_bucket is true, but data.buckets is 'none': set data.buckets to 'auto'"):
+    with pytest.raises(ConfigError, match="is true, but data.buckets is 'none': set data.buckets to 'auto'"):
         refuse_differences(config(dataset_config=str(stated(tmp_path, **keys | {"enable_bucket": True}))))
 
 
