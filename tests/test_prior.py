@@ -83,7 +83,7 @@ def class_images(cfg):
 def test_two_orders_in_turns():
     first, second = RowOrder(np.array([3, 5, 8]), seed=0), RowOrder(np.arange(100, 104), seed=1)
     order = InTurns(first, second)
-    rows = [order.row_at(*divmod(position, len(order))) for position in range(6 * 4)]
+    rows = [order.place(position)[1] for position in range(6 * 4)]
     assert len(order) == 6
     assert rows[::2] == [first.row_at(epoch, index) for epoch in range(4) for index in range(3)]
     assert rows[1::2] == [second.row_at(epoch, index) for epoch in range(3) for index in range(4)]

@@ -190,6 +190,8 @@ class Rows:
     def texts(self, numbers: Sequence[int]) -> set[str]:
         """The different texts of rows, with all tags in their order; rows without one are passed over. Reads no images.
         """
+        if self.instance_prompt is not None:
+            return {whole(self.instance_prompt, wording) for wording in self.wordings}
         table = self.dataset.select_columns(list(self.caption_columns))[[int(number) for number in numbers]]
         cells = zip(*(table[column] for column in self.caption_columns), strict=True)
         found: set[str] = set()

@@ -40,10 +40,15 @@ class TwoTexts(Single):
 
     def __init__(self, first: PenultimateText, second: PenultimateText) -> None:
         """Both with the same dropout and null."""
-        self.members = first, second
+        self._both = first, second
         self.dropout, self.null = first.dropout, first.null
         self.chunks, self.clip_skip = first.chunks, first.clip_skip
         self.width = first.width + second.width
+
+    @property
+    def members(self) -> tuple[PenultimateText, PenultimateText]:
+        """See `Single`."""
+        return self._both
 
     @property
     def parameters_frozen(self) -> int:
