@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-tqdm.monitor_interval = 0  # without its thread: a child forked while that holds the lock of all bars would wait for ever
+tqdm.monitor_interval = 0  # no thread of its own: a child forked while that holds the lock of all bars waits for ever
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from finetune.config import TrainConfig
 from finetune.config_io import dump, load_text
+from finetune.config_objective import PLAIN
 
 TYPE = TypeAdapter(TrainConfig)
 CLASSES = {"kind": "class_label"}
