@@ -9,7 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
+tqdm.monitor_interval = 0  # no thread of its own: a child forked while that holds the lock of all bars waits for ever
 ROOT = Path(__file__).resolve().parents[1]
 
 

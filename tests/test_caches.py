@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -33,11 +34,12 @@ COLOURS = {
 }  # fmt: skip
 
 
-def pictures(folder: Path, n: int = 12) -> Path:
-    """n pictures of 24x20 pixels, of a colour that its caption names, darker towards one corner: crops differ."""
+def pictures(folder: Path, n: int = 12, sizes=((24, 20),)) -> Path:
+    """n pictures of these sizes, of a colour that its caption names, darker towards one corner: crops differ."""
     folder.mkdir(parents=True)
-    ramp = np.linspace(1, 0.2, 24)[None, :, None] * np.linspace(1, 0.5, 20)[:, None, None]
     for i in range(n):
+        width, height = sizes[i % len(sizes)]
+        ramp = np.linspace(1, 0.2, width)[None, :, None] * np.linspace(1, 0.5, height)[:, None, None]
         name, colour = list(COLOURS.items())[i % len(COLOURS)]
         pixels = ramp * np.array(colour) * (1 - i / (4 * n))
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.png")
@@ -138,20 +140,24 @@ def test_variants_take_turns_without_a_cache_too_and_captions_do_not(make, image
 def check_batches(trainer: Trainer) -> int:
     """Compare each sample of an epoch and a half with its own row: caption, crop, latent. Returns how many."""
     plain = open_data(trainer.cfg, progress=False)
+    plain = plain.in_buckets(trainer.modules.side_multiple)
+    order = plain.order(global_batch=trainer.global_batch)
     vae = build_space(replace(trainer.cfg, cache=replace(trainer.cfg.cache, latents=False)))
     loader, seen = iter(trainer.loader()), 0
     for _ in range(trainer.steps):
         batch = next(loader)
         assert batch.pixel_values is None
         for i, (row, position) in enumerate(zip(batch.rows.tolist(), batch.positions.tolist(), strict=True)):
-            epoch = position // len(plain)
+            epoch, expected = order.place(position)
+            assert row == expected
             with strict_pillow():
                 image = decode(plain.image_bytes(row), plain.rules).image
-            made = prepare(image, plain.rules, seed=plain.seed, epoch=epoch % 2, row=row)
+            shape = {"shape": plain.shape(row)}
+            made = prepare(image, plain.rules, seed=plain.seed, epoch=epoch % 2, row=row, **shape)
             assert batch.captions[i] in plain.captions(row)
             assert batch.time_ids[i].tolist() == list(made.time_ids)
             torch.testing.assert_close(batch.moments[i], vae.moments(made.pixels[None])[0], rtol=0, atol=1e-5)
-            other = prepare(image, plain.rules, seed=plain.seed, epoch=(epoch + 1) % 2, row=row)
+            other = prepare(image, plain.rules, seed=plain.seed, epoch=(epoch + 1) % 2, row=row, **shape)
             if other.time_ids != made.time_ids:  # negative control: the other variant is another latent
                 assert not torch.allclose(batch.moments[i], vae.moments(other.pixels[None])[0], rtol=0, atol=1e-3)
                 seen += 1
@@ -162,10 +168,28 @@ def test_each_latent_comes_with_its_own_caption_and_crop(make):
     assert check_batches(Trainer(make(train={"max_train_steps": 9}))) > 5
 
 
+@pytest.fixture
+def in_buckets(tmp_path):
+    """The settings of data of three shapes."""
+    folder = pictures(tmp_path / "mixed", 18, sizes=((24, 20), (60, 18), (18, 60)))
+    return {"train_data_dir": str(folder), "buckets": "auto"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_so_it_does_in_buckets(make, in_buckets, processes):
+    cfg = make(data=in_buckets, train={"max_train_steps": 9})
+    assert run(cfg, processes=processes, body=probe) == [0] * processes, log(cfg)
+    counts = [int(count) for count in re.findall(r"^checked (\d+)", log(cfg), re.M)]
+    assert len(counts) == processes and sum(counts) > 5
+    shapes = re.search(r"shapes (.*)", log(cfg))[1]
+    assert shapes == "[(8, 32), (16, 16), (32, 8)]"
+
+
 def probe(cfg):
     """Of a process of two: fill the caches together, then look at the samples of its own."""
     trainer = Trainer(cfg)
     print("checked", check_batches(trainer), trainer.cached)
+    print("shapes", sorted({trainer.data.shape(int(row)) for row in trainer.data.rows}))
     trainer.fit()
 
 

@@ -178,10 +178,12 @@ def test_front_matter():
 
 def test_front_matter_names_hub_ids_only(tmp_path):
     pretrained = {"kind": "pretrained", "pretrained_model_name_or_path": "google/ddpm-cat-256"}
-    assert ModelCard(write(make(model=pretrained))).data.to_dict()["base_model"] == "google/ddpm-cat-256"
+    resolved = {"space": {"kind": "pixel"}, "conditioning": {"kind": "none"}}
+    assert ModelCard(write(make(model=pretrained, **resolved))).data.to_dict()["base_model"] == "google/ddpm-cat-256"
     local = make(
         data={"resolution": 16, "dataset_name": str(tmp_path)},
         model=pretrained | {"pretrained_model_name_or_path": str(tmp_path / "base")},
+        **resolved,
     )
     card = write(local)
     assert not {"base_model", "datasets"} & ModelCard(card).data.to_dict().keys()

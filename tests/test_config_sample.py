@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from finetune.config import TrainConfig
 from finetune.config_io import dump, load_text
+from finetune.config_objective import PLAIN
 
 TYPE = TypeAdapter(TrainConfig)
 CLASSES = {"kind": "class_label"}
@@ -69,7 +70,7 @@ def test_a_pretrained_latent_model_is_sampled_as_its_users_expect(sections, samp
 
 def test_what_the_few_steps_do_not_use_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"sample.eta: dpmsolver\+\+ does not use it, only ddim: .* change the samp"):
-        config(**STABLE_DIFFUSION, sample={"prompts": ["a"], "eta": 0.5})
+        config(**STABLE_DIFFUSION, objective=PLAIN, sample={"prompts": ["a"], "eta": 0.5})
 
 
 GUIDED = {"guidance_scale": 3.0}

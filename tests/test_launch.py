@@ -50,7 +50,8 @@ def test_whole_run_over_two_processes(tmp_path):
 
 def test_two_processes_on_the_cpu_see_no_gpu(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("import os; print(*(f'{k}={os.environ[k]};' for k in ('RANK', 'CUDA_VISIBLE_DEVICES')))")
+    line = "' '.join(f'{k}={os.environ[k]};' for k in ('RANK', 'CUDA_VISIBLE_DEVICES'))"
+    script.write_text(f"import os; os.write(1, {line}.encode() + bytes([10]))")  # at once: both write to one pipe
     file = ROOT / "configs" / "accelerate" / "cpu_2.yaml"
     command = [*LAUNCH, "--config_file", str(file), "--main_process_port", "0", str(script)]
     output = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

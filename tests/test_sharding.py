@@ -40,13 +40,15 @@ def plain(cfg):
 
 
 def config(folder, **sections):
-    """Four steps without dropout, whose masks would follow the number of processes; micro-batches are accumulated."""
-    train = {"max_train_steps": 4, "gradient_accumulation_steps": 2}
-    return tiny.config(folder, conditioning={"kind": "none"}, model={"dropout": 0.0}, train=train, **sections)
+    """Four steps without dropout, whose masks would follow the number of processes; micro-batches are accumulated, and
+    held-out images measured."""
+    sections |= {"train": {"max_train_steps": 4, "gradient_accumulation_steps": 2}}
+    sections |= {"validation": {"held_out": 0.3, "every": 2}, "conditioning": {"kind": "none"}}
+    return tiny.config(folder, model={"dropout": 0.0}, **sections)
 
 
-def losses(cfg):
-    return [line["loss"] for line in metrics(cfg)]
+def losses(cfg, name="loss"):
+    return [line[name] for line in metrics(cfg) if name in line]
 
 
 def weights(cfg, step=4, part="model"):
@@ -66,8 +68,9 @@ def runs(tmp_path_factory):
 def test_sharding_does_not_change_the_run(runs):
     with_fsdp, without = runs
     assert losses(with_fsdp) == pytest.approx(losses(without), rel=1e-5)
-    norms = [[line["grad_norm"] for line in metrics(cfg)] for cfg in runs]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    for name, count in (("grad_norm", 4), ("validation_loss", 3)):
+        ours, theirs = (losses(cfg, name) for cfg in runs)
+        assert len(ours) == count and ours == pytest.approx(theirs, rel=1e-4)
     for part in ("model", "ema_0.9", "ema_0.5", "optimizer"):
         ours, theirs = weights(with_fsdp, part=part), weights(without, part=part)
         assert ours.keys() == theirs.keys() and all(not isinstance(t, DTensor) for t in ours.values())

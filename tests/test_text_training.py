@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import finetune.trainer
 from finetune import checkpoint
 from finetune.conditioning import Unconditional, assembled, text_encoders
-from finetune.config import Ema, Optimizer, Train
+from finetune.config import AdamW, Ema, Train
 from finetune.config_lora import Lora
 from finetune.ema import by_module
 from finetune.errors import ConfigError
@@ -249,4 +249,4 @@ def test_what_makes_no_sense_is_refused(parts, tmp_path):  # noqa: F811
 def test_words(parts, tmp_path):  # noqa: F811
     cfg = text_config(parts, tmp_path, optimizer={"text_encoder_lr": 5e-6})
     assert "learning rate 0.001 (text encoder 5e-06)" in optimizer_line(cfg)
-    assert "text encoder" not in optimizer_line(replace(cfg, optimizer=Optimizer(), ema=Ema(), lora=Lora()))
+    assert "text encoder" not in optimizer_line(replace(cfg, optimizer=AdamW(), ema=Ema(), lora=Lora()))

@@ -213,7 +213,7 @@ class TrainConfig:
         if not (found := list(self._unsettled())):
             if self.model.kind != "pretrained":
                 self._settle()
-            if self.sample.guidance_scale is None and not self.is_open:
+            if self.sample.guidance_scale is None and "auto" not in (self.space.kind, self.conditioning.kind):
                 self._settle_guidance()
             found = list(self._contradictions())
         if problems := [f"{place}: {problem}" for place, problem in found]:

@@ -158,12 +158,12 @@ def _load_weights(cfg: TrainConfig, found: Checkpoint, part: str, unet: UNet, co
     from finetune.modules import kept_modules
     from finetune.optimization import schedule_free_average
 
+    kept = kept_modules(unet, conditioner)
+    averages = {} if part == "model" else by_module(found.tensors(part))
     if part == "optimizer":
-        learned = unet.state_dict() if cfg.lora is None else found.tensors("model")
-        averages = {"model": schedule_free_average(learned, found.tensors(part), cfg.optimizer.adam_beta1)}
-    else:
-        averages = {} if part == "model" else by_module(found.tensors(part))
-    for name, module in kept_modules(unet, conditioner).items():  # what was not trained is in no average
+        moments, beta1 = averages, cfg.optimizer.adam_beta1
+        averages = {name: schedule_free_average(found.tensors(name), moments.get(name, {}), beta1) for name in kept}
+    for name, module in kept.items():  # what was not trained is in no average
         load_trained_state(module, found.tensors(name) | averages.get(name, {}))
         module.requires_grad_(False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -190,10 +190,10 @@ class Rows:
     def texts(self, numbers: Sequence[int]) -> set[str]:
         """The different texts of rows, with all tags in their order; rows without one are passed over. Reads no images.
         """
-        cells: Iterable[tuple] = [()] * len(numbers)  # of data.instance_prompt, which needs none
-        if self.caption_columns:
-            table = self.dataset.select_columns(list(self.caption_columns))[[int(number) for number in numbers]]
-            cells = zip(*(table[column] for column in self.caption_columns), strict=True)
+        if self.instance_prompt is not None:
+            return {whole(self.instance_prompt, wording) for wording in self.wordings}
+        table = self.dataset.select_columns(list(self.caption_columns))[[int(number) for number in numbers]]
+        cells = zip(*(table[column] for column in self.caption_columns), strict=True)
         found: set[str] = set()
         for number, captions in zip(numbers, cells, strict=True):
             row = Row(number=int(number), content=None, path=None, captions=captions, label=None)

@@ -47,7 +47,7 @@ class TwoTexts(Single):
 
     @property
     def members(self) -> tuple[PenultimateText, PenultimateText]:
-        """The states of each encoder."""
+        """See `Single`."""
         return self._both
 
     @property

@@ -114,7 +114,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
     }
     for index, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
-            made_with = key in ("lr", "weight_decay") or value == optimizer.defaults.get(key)
+            made_with = key in ("lr", "lr_scale", "weight_decay") or value == optimizer.defaults.get(key)
             if isinstance(value, int | float) and not made_with:
                 tensors[f"group {index}/{key}"] = _as_tensor(value)
     return tensors
