@@ -7,7 +7,7 @@ of the data are slanted, half as they were, under their own captions. Trains con
 there is no such run, then configs/train/digits_lora.yaml from nothing; and draws `samples` images of each digit with
 the word and without it, from the LoRA and, as a control, from the model that it began with.
   slanted  share whose slant is above 0.3; the slant of ink w at (x, y), y upwards, is cov(x, y) / var(y) by w, which a
-           shear by s raises by s. Of the real digits it is so of 0.3 %, of the sheared ones of 99.8 %
+           shear by s raises by s. Of the real digits it is so of 0.1 %, of the sheared ones of 98.5 %
   read     share that the judge of digits_quality.py, which saw upright digits, reads as the digit asked for, after the
            shear is undone where the word was in the prompt
 Prints a table and one line of JSON.

@@ -204,6 +204,20 @@ def test_two_processes_make_and_read_them(make):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
+def test_copies_of_an_image_share_one_record(make, images, tmp_path):
+    twice = tmp_path / "twice"
+    shutil.copytree(images, twice)
+    for file in images.glob("0*.png"):
+        shutil.copy(file, twice / f"copy{file.name}")
+        (twice / f"copy{file.stem}.txt").write_text("a copy")
+    data, line, _ = opened(make(data={"train_data_dir": str(twice), "center_crop": True, "random_flip": False,
+                                      "variants": None}))  # fmt: skip
+    assert "latents: 0 reused, 12 made" in line and len(data) == 22
+    places = data.latents.places[:, 0]
+    assert len(np.unique(places, axis=0)) == 12
+    assert all(sample.moments is not None for sample in data.samples(range(22), [0] * 22))
+
+
 def test_loader_processes_are_given_where_to_read_and_no_model(make):
     data, _, _ = opened(make())
     sent = pickle.dumps(data)

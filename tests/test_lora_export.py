@@ -303,3 +303,13 @@ def test_a_whole_run_of_a_unet_without_a_loader_in_diffusers(tmp_path):
 def test_kohya_needs_a_lora(model, tmp_path):
     with pytest.raises(ValidationError, match=r"export.kohya: the format is one of LoRAs, and none is trained"):
         config(model, tmp_path, export={"kohya": True})
+
+
+def test_the_proof_computes_without_autocast_whatever_accelerate_put_in(model):
+    """With train.mixed_precision the trained UNet has a `forward` of its own; the fresh process has not."""
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    plain = proof.probe({"unet": unet})["unet"]
+    inputs = torch.ones(1, 4, 8, 8), 7, torch.ones(1, 4, 16)
+    unet.forward = prepared = torch.autocast("cpu", torch.bfloat16)(unet.forward)
+    assert unet(*inputs).sample.dtype == torch.bfloat16, "negative control"
+    assert torch.equal(proof.probe({"unet": unet})["unet"], plain) and unet.forward is prepared

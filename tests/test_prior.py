@@ -17,10 +17,12 @@ import tiny_models
 from finetune.batching import collate, make_loader
 from finetune.class_images import with_class_images
 from finetune.config import TrainConfig
+from finetune.config_cache import Cache
 from finetune.config_data import Data
 from finetune.config_prior import Prior
+from finetune.config_validation import Validation
 from finetune.data import open_data
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, DataError
 from finetune.order import InTurns, RowOrder
 from finetune.prior import _runs, missing_images
 from finetune.provenance import published_config
@@ -180,6 +182,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(cfg, tmp_path):
     stopped = replace(through, output_dir=str(tmp_path / "stopped"))
     assert run(stopped, stop=(2, signal.SIGTERM)) == [75], log(stopped)
     assert run(stopped) == [0] and state(stopped, 6) == state(through, 6), log(stopped)
+
+
+def test_what_is_wrong_with_the_data_is_told_before_anything_is_drawn(cfg, tmp_path):
+    wrong = replace(cfg, data=replace(cfg.data, train_data_dir=str(tmp_path / "nowhere")))
+    with pytest.raises((ConfigError, DataError), match="nowhere"):
+        Trainer(wrong)
+    assert not Path(cfg.prior.class_data_dir).exists()
+
+
+def test_class_images_are_drawn_with_a_cache_and_are_not_measured(cfg):
+    """By a text encoder that has its weights although embeddings are cached; the images of the subject are measured."""
+    pictures(Path(cfg.data.train_data_dir), range(40, 52))
+    cached = replace(cfg, cache=Cache(text=True), validation=Validation(held_out=0.4))
+    trainer = Trainer(cached)
+    assert len(class_images(cfg)) == 5 and "made" in trainer.cached
+    assert all((rows < trainer.data.class_images_from).all() for rows in trainer.validation.rows)
 
 
 def test_own_images_count_and_those_of_another_prompt_are_refused(tmp_path):

@@ -101,6 +101,11 @@ def test_the_split_hangs_on_the_bytes_of_an_image_alone(pictures):
     assert trained.isdisjoint(held_out(twice)) and held_out(twice) == chosen, "copies stay together"
 
 
+def test_a_split_goes_with_a_number_of_crops(pictures):
+    data = opened(pictures, random_flip=True, variants=2)
+    assert data.rules.variants == 2 and data.held_out.rules.variants is None
+
+
 def test_negative_control_a_split_by_the_whole_row_or_its_number_moves_images(pictures):
     def sides(data, numbers):
         return set(np.flatnonzero(numbers.view(np.uint64) < SHARE * 2.0**64))

@@ -115,7 +115,8 @@ class Records:
             return _record(self._open(shard), file, index)
         except (OSError, Damaged) as problem:
             if isinstance(problem, Damaged):
-                _stamp(Path(file.path), 0)  # to be read through by the next start
+                for each in self.shards:  # all are read through by the next start: one is seldom damaged alone
+                    _stamp(Path(each.path), 0)
             raise DataError(
                 f"the cache file {file.path} cannot be read any more: {problem}. Give the same command again: it makes "
                 "what is damaged anew"

@@ -45,13 +45,13 @@ class _Filled:
 
     shelf: Shelf
     places: np.ndarray
-    """[n, 2] int32: where each record lies; -1 for one that could not be made."""
+    """[n, 2] int32: where the record of each key lies; -1 for one that could not be made."""
     reused: int
-    """Records that were there."""
+    """Different records that were there."""
 
     def line(self, kind: str) -> str:
         """What was reused and made, and what it takes."""
-        there = self.places[self.places[:, 0] >= 0]
+        there = np.unique(self.places[self.places[:, 0] >= 0], axis=0)
         counts = np.bincount(there[:, 0], minlength=len(self.shelf.shards)).tolist()
         sizes = [np.dtype(shard.dtype).itemsize * int(np.prod(shard.shape)) for shard in self.shelf.shards]
         total = sum(count * size for count, size in zip(counts, sizes, strict=True))
@@ -74,6 +74,11 @@ def fill_caches(cfg: TrainConfig, data: TrainData, modules: Modules, accelerator
         data, line = _with_latents(cfg, data, modules.space, accelerator)
         lines.append(line)
     texts = texts_of(modules.conditioner) if cfg.cache.text else []
+    if texts and data.table.words_change:
+        raise ConfigError(
+            f"cache.text: {cfg.data.dataset_config} shuffles or drops tags, so that every epoch has new captions and "
+            "no embedding would be used twice: remove shuffle_caption and caption_tag_dropout_rate there, or cache.text"
+        )
     measured = [data] if data.held_out is None else [data, data.held_out]
     captions = sorted(set().union(*(each.table.texts(_usable(each)) for each in measured))) if texts else []
     for part in texts:
@@ -127,23 +132,25 @@ def _filled(
     what: str, folder: Path, keys: np.ndarray, make: Callable[[np.ndarray], None], accelerator: Processes
 ) -> _Filled:
     """See that `folder` has a record for each key; make: writes those with these indices."""
-    shelf, places = _found(folder, keys, accelerator)
+    _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)  # repeats of an image share one
+    different = keys[first]
+    shelf, places = _found(folder, different, accelerator)
     reused = int((places[:, 0] >= 0).sum())
     # All share the work; what a process then does not see lies on the disk of another machine, and each makes its own.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     ranks = [(accelerator.process_index, accelerator.num_processes), (accelerator.local_process_index, local)]
     for rank, processes in ranks:
-        missing = np.flatnonzero(places[:, 0] < 0)
+        missing = np.sort(first[places[:, 0] < 0])
         if not largest(accelerator, len(missing)):
             break
         with accelerator.all_together():
             make(missing[rank::processes])
-        shelf, places = _found(folder, keys, accelerator)
-    if reused == len(keys):
-        log.info("cache hit: %s, all %d found in %s", what, len(keys), folder)
+        shelf, places = _found(folder, different, accelerator)
+    if reused == len(different):
+        log.info("cache hit: %s, all %d found in %s", what, reused, folder)
     if accelerator.is_local_main_process:
         shelf.mark_used(places[places[:, 0] >= 0])
-    return _Filled(shelf, places, reused)
+    return _Filled(shelf, places[which.reshape(-1)], reused)
 
 
 def _found(folder: Path, keys: np.ndarray, accelerator: Processes) -> tuple[Shelf, np.ndarray]:

@@ -66,6 +66,11 @@ class TwoTables:
         """See `Rows`."""
         return self._of(row).wording(row)
 
+    @property
+    def words_change(self) -> bool:
+        """See `Rows`."""
+        return self.first.words_change
+
     def texts(self, numbers: Sequence[int]) -> set[str]:
         """See `Rows`."""
         own, others = self._parted(numbers)
@@ -91,6 +96,8 @@ def with_class_images(cfg: TrainConfig, data: TrainData) -> TrainData:
         dataset_config=None,
         dataset_config_name=None,
         revision=None,
+        image_column="image",
+        split="train",
         caption_column="text",
         max_train_samples=None,
         mask_column=None,

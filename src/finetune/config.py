@@ -258,6 +258,12 @@ class TrainConfig:
         wanted = max(len(self.sample.prompts), len(self.sample.class_labels))
         if wanted > self.sample.num_images:
             yield "sample.num_images", f"{self.sample.num_images} cannot show {wanted} prompts or labels: raise it"
+        known = None if self.conditioning.kind == "auto" else conditions(self.conditioning)
+        changing = {
+            "words_change": self.captions.shuffle or self.captions.tag_dropout > 0,
+            "text_trained": self.train.train_text_encoder,
+        }
+        yield from cache_contradictions(self.cache, self.data, self.space.kind, known, **changing)
         streaming, best_metric = self.data.streaming, self.checkpoint.best_metric
         yield from validation_contradictions(self.validation, streaming=streaming, best_metric=best_metric)
         objective = self.objective
@@ -298,12 +304,6 @@ class TrainConfig:
         yield from low_res_contradictions(parts, data.resolution, data.low_res_column, data.preparation, asked)
         if data.buckets != "none" and "low_res" in parts:
             yield "data.buckets", "the small images of conditioning low_res are square: set data.buckets none"
-        changing = {
-            "words_change": self.captions.shuffle or self.captions.tag_dropout > 0,
-            "text_trained": self.train.train_text_encoder,
-        }
-        if self.space.kind != "auto":
-            yield from cache_contradictions(self.cache, data, self.space.kind, parts, **changing)
         yield from lora_contradictions(self, text=bool(text))
         if self.sample.guidance_scale not in (None, 0.0, 1.0) and self.sample.autoguidance is None:
             if kind == "none":

@@ -39,13 +39,20 @@ class Cache:
 
 
 def cache_contradictions(
-    cache: Cache, data: Data, space_kind: str, conditions: Collection[str], *, words_change: bool, text_trained: bool
+    cache: Cache,
+    data: Data,
+    space_kind: str,
+    conditions: Collection[str] | None,
+    *,
+    words_change: bool,
+    text_trained: bool,
 ) -> Iterator[tuple[str, str]]:
-    """What a cache cannot be of, as (place, problem) pairs; conditions: the kinds of the conditioning; words_change:
-    whether the tags of a caption are shuffled or dropped; text_trained: whether the text encoder is trained."""
+    """What a cache cannot be of, as (place, problem) pairs; conditions: the kinds of the conditioning, None while a
+    pretrained pipeline has to say them; words_change: whether the tags of a caption are shuffled or dropped;
+    text_trained: whether the text encoder is trained."""
     streaming = "keeps rows by number, which a stream does not check beforehand: remove data.streaming, or the cache"
     if cache.latents:
-        if space_kind != "latent":
+        if space_kind == "pixel":
             yield "cache.latents", f"space.kind is {space_kind}, which has no latents: remove it, or use a VAE"
         if data.variants is None and not data.is_deterministic:
             yield "cache.latents", (
@@ -59,13 +66,13 @@ def cache_contradictions(
                 "a mask is cut with its image in every step, and cached latents look at no image: remove "
                 "data.mask_column or data.alpha_mask, or the cache"
             )
-        for reader in sorted({"low_res", "inpaint"} & set(conditions)):
+        for reader in sorted({"low_res", "inpaint"} & set(conditions or ())):
             yield "cache.latents", (
                 f"conditioning {reader} reads the pixels of each image, which are not looked at with cached latents: "
                 "remove one of them"
             )
     if cache.text:
-        if not {"text", "pooled_text"} & set(conditions):
+        if conditions is not None and not {"text", "pooled_text"} & set(conditions):
             yield "cache.text", "there is no text among the conditions, hence nothing to keep: remove it"
         if data.streaming:
             yield "cache.text", streaming

@@ -179,13 +179,13 @@ class TrainData:
             digests = np.where(side, self.digests, 0)
             if (found := len(np.unique(self.image_numbers[digests != 0]))) < 2:
                 raise DataError(
-                    f"validation.held_out {share:g} of {len(self):,} images leaves {found} {what}, as their bytes "
-                    "decide it, and a standard error takes two: set another share, or give more images"
+                    f"validation.held_out {share:g} leaves {found} different images {what}, as their bytes decide it, "
+                    "and a standard error takes two: set another share, or give more images"
                 )
             rows = np.flatnonzero(digests)
             sides.append(replace(self, rows=rows, digests=digests, fingerprint=fingerprint(digests)))
         train, held_out = sides
-        rules = replace(self.rules, center_crop=True, random_flip=False)
+        rules = replace(self.rules, center_crop=True, random_flip=False, variants=None)
         facts = self.facts | {"held_out": len(held_out)}
         return replace(train, facts=facts, held_out=replace(held_out, rules=rules))
 

@@ -82,8 +82,9 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         return replace(cfg, space=space, conditioning=conditioning, objective=_objective(cfg))
     except ValidationError as error:
         reasons = [str(one.get("ctx", {}).get("error", one["msg"])) for one in error.errors()]
-        raise ConfigError("\n".join(reasons) + f"\n({SETTING} {cfg.model.pretrained_model_name_or_path} says what is "
-                          "not written)") from None  # fmt: skip
+        decided = any(reason.startswith(("space", "conditioning", "objective", "sample")) for reason in reasons)
+        note = f"\n({SETTING} {cfg.model.pretrained_model_name_or_path} says what is not written)" if decided else ""
+        raise ConfigError("\n".join(reasons) + note) from None
 
 
 def with_prompts(cfg: TrainConfig, data: TrainData) -> TrainConfig:

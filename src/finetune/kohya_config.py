@@ -8,6 +8,7 @@ directory, as there.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import Counter
@@ -144,7 +145,7 @@ def read_dataset_config(path: Path) -> list[Subset]:
     if not problems and not subsets:
         problems.append(f"{path.name}: lists no [[datasets.subsets]] with an image_dir")
     if not problems:
-        places = Counter((subset.image_dir, subset.metadata_file) for subset in subsets)
+        places = Counter((os.path.realpath(subset.image_dir), subset.metadata_file) for subset in subsets)
         problems += [f"{path.name}: image_dir {folder} is listed twice" for (folder, _), n in places.items() if n > 1]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))

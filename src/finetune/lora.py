@@ -42,10 +42,11 @@ def add_lora(unet: nn.Module, cfg: Lora, *, seed: int) -> None:
                 f"lora.target {cfg.target}: the {type(unet).__name__} has no layer {absent[0]}: use "
                 f"{'attention, or all' if _ending_so(names, ATTENTION) else 'all'}"
             )
-    if "conv_in" not in chosen and not unet.conv_in.weight.any(dim=(0, 2, 3)).all():
+    if not unet.conv_in.weight.any(dim=(0, 2, 3)).all():
         raise ConfigError(
-            f"lora.target {cfg.target} does not adapt conv_in, whose weights are zero for some channels of the input "
-            "(a condition that the pretrained UNet does not know): it would never be read. Use lora.target all"
+            "lora: the conv_in of the pretrained UNet was widened for a condition that it does not know (its weights "
+            "are zero for some channels), so that the LoRA would fit no model but this. Train the whole UNet for it "
+            "first (without lora), or start from a model that has the condition, such as one for inpainting"
         )
     _inject(unet, cfg, chosen, dropout=cfg.dropout, seed=key(seed, "lora"))
 

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 from finetune.card import LoraWords, code, fenced, model_card
 from finetune.config import TrainConfig
+from finetune.config_choices import conditions
 from finetune.config_export import LORA_FILE
 from finetune.export import check_finite, replacing, write_record
 from finetune.lora_formats import Adapter, adapters_of, kohya_names_of, write_diffusers, write_kohya
@@ -108,11 +109,13 @@ def _base(cfg: TrainConfig) -> str | None:
 
 def _usage(by_diffusers: Mapping[str, bool], adapters: Mapping[str, Adapter], cfg: TrainConfig, place: str) -> str:
     base, others = _base(cfg), [name for name in by_diffusers if name != LORA_FILE]
-    if by_diffusers[LORA_FILE] and base and cfg.model.subfolder:
+    text = conditions(cfg.conditioning).get("text")
+    reads_as_diffusers = text is None or (not text.clip_skip and text.chunks == 1)
+    if by_diffusers[LORA_FILE] and base and cfg.model.subfolder and reads_as_diffusers:
         usage = fenced(_snippet(cfg, place), "python")
     else:
         merge = f"\nfinetune merge {LORA_FILE} --base {base!r} --out merged" if base else ""
-        usage = "diffusers alone does not load it. In a checkout of finetune:\n\n"
+        usage = "diffusers alone does not load it, or reads prompts otherwise. In a checkout of finetune:\n\n"
         usage += fenced(f"finetune sample . --out pictures{merge}", "bash")
     scales = {adapter.scale(layer) for adapter in adapters.values() for layer in adapter.alphas}
     if scales != {1.0}:
@@ -128,10 +131,13 @@ def _snippet(cfg: TrainConfig, place: str) -> str:
     public = published_config(cfg)
     revision = f", revision={public.model.revision!r}" if public.model.revision else ""
     prompt = public.sample.prompts[0] if public.sample.prompts else "a prompt"
-    settings = f"num_inference_steps={public.sampling_steps}, guidance_scale={public.sample.guidance_scale:g}"
+    inpaint = "inpaint" in conditions(public.conditioning)
+    images = "image=Image.open('image.png'), mask_image=Image.open('mask.png'), " if inpaint else ""
+    settings = f"{images}num_inference_steps={public.sampling_steps}, guidance_scale={public.sample.guidance_scale:g}"
     return "\n".join(
         [
             "import torch",
+            *["from PIL import Image"] * inpaint,
             "from diffusers import DiffusionPipeline",
             "",
             f"pipeline = DiffusionPipeline.from_pretrained({_base(cfg)!r}{revision})",

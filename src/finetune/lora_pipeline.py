@@ -34,7 +34,7 @@ def base_pipeline(cfg: TrainConfig, run: Mapping[str, Any]) -> DiffusionPipeline
     """
     cfg = replace(cfg, cache=Cache())  # with one, the frozen parts would have no weights until they were needed
     space = build_space(cfg)
-    conditioner = build_conditioner(cfg, list(run.get("data", {}).get("classes", ())) or None)
+    conditioner = build_conditioner(cfg, list(run.get("data", {}).get("classes", ())) or None, space=space)
     unet = build_unet(cfg, space, conditioner, seed=cfg.seed).eval().requires_grad_(False)
     objective = build_objective(without_own_code(cfg.objective), clip_sample=cfg.space.kind == "pixel")
     return build_pipeline(unet, space, conditioner, objective.scheduler, cfg)

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,22 @@ def probe(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         if any(p.dtype != torch.float32 for p in module.parameters()):
             exact = copy.deepcopy(module).float()
         exact.eval()
-        with torch.autocast(module.device.type, enabled=False), torch.compiler.set_stance("force_eager"):
+        with _own_forward(exact), torch.compiler.set_stance("force_eager"):
             found[part] = (_unet_output(exact) if part == "unet" else _text_output(exact)).float().cpu()
         module.train(was_training)
     return found
+
+
+@contextlib.contextmanager
+def _own_forward(module: nn.Module) -> Iterator[None]:
+    """Inside, the module computes without autocast, which Accelerate puts into the `forward` of what it prepares."""
+    prepared = vars(module).pop("forward", None)
+    try:
+        with torch.autocast(next(module.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        if prepared is not None:
+            module.forward = prepared
 
 
 def _unet_output(unet: UNet) -> Tensor:

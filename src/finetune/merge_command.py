@@ -69,7 +69,7 @@ def _load(base: str) -> tuple[Any, dict[str, nn.Module]]:
     from finetune.sample import load_pipeline
 
     if not (Path(base).is_dir() and (Path(base) / "config.json").is_file()):
-        pipeline = load_pipeline(base)
+        pipeline = load_pipeline(base, to_draw=False)
         return pipeline, adaptable(pipeline)
     place = {"setting": "--base", "revision": None, "subfolder": None}
     name = load_model_config(UNet2DModel, base, **place).get("_class_name")

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from finetune.config import TrainConfig
+from finetune.config_cache import Cache
 from finetune.errors import ConfigError
 from finetune.folder import scan
 from finetune.modules import build_modules
@@ -76,7 +77,8 @@ def missing_images(folder: Path, wanted: int, prompt: str) -> list[int]:
 def _draw(
     cfg: TrainConfig, accelerator: Accelerator, folder: Path, numbers: Sequence[int], trust: Collection[str]
 ) -> None:
-    cfg = replace(cfg, train=replace(cfg.train, compile=False), sample=replace(cfg.sample, autoguidance=None))
+    plain = {"train": replace(cfg.train, compile=False), "sample": replace(cfg.sample, autoguidance=None)}
+    cfg = replace(cfg, **plain, cache=Cache(), lora=None)
     modules = build_modules(cfg, SimpleNamespace(class_names=None), accelerator.device, global_batch=1, trust=trust)
     parts = (modules.unet.eval(), modules.space, modules.conditioner, modules.objective.scheduler)
     pipeline = build_pipeline(*parts, cfg)

@@ -187,6 +187,11 @@ class Rows:
         """What is made of the captions of a row."""
         return self.wordings[0 if self.subsets is None else self.subsets.of[row.number]]
 
+    @property
+    def words_change(self) -> bool:
+        """Whether the tags of some captions are shuffled or dropped."""
+        return any(wording.shuffle or wording.tag_dropout for wording in self.wordings)
+
     def texts(self, numbers: Sequence[int]) -> set[str]:
         """The different texts of rows, with all tags in their order; rows without one are passed over. Reads no images.
         """

@@ -246,21 +246,19 @@ def columns_for(labels: Sequence[str] | None) -> int | None:
     return distinct if 2 <= distinct <= 12 else None
 
 
-def load_pipeline(source: str) -> DiffusionPipeline:
+def load_pipeline(source: str, *, to_draw: bool = True) -> DiffusionPipeline:
     """The pipeline of a finished run (its output_dir), of a pipeline folder or of a Hub repository.
 
-    Safetensors only, and no code from the repository. Raises ConfigError if there is none that this package can use.
+    to_draw: a pipeline for inpainting is refused. Safetensors only, and no code from the repository. Raises ConfigError
+    if there is none that this package can use.
     """
     source = pipeline_source(source)
-    if Path(source, LORA_FILE).is_file() and not Path(source, "model_index.json").is_file():
-        from finetune.lora_pipeline import lora_pipeline
-
-        return lora_pipeline(Path(source))
     at = {} if Path(source).is_dir() else {"revision": commit_of(source, setting="finetune sample")}
     from diffusers import (
         DDIMPipeline,
         DDPMPipeline,
         DiffusionPipeline,
+        StableDiffusionInpaintPipeline,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
     )
@@ -268,7 +266,15 @@ def load_pipeline(source: str) -> DiffusionPipeline:
 
     from finetune.pipelines import UNetPipeline
 
+    if Path(source, LORA_FILE).is_file() and not Path(source, "model_index.json").is_file():
+        from finetune.lora_pipeline import lora_pipeline
+
+        pipeline = lora_pipeline(Path(source))
+        if to_draw and type(pipeline) is StableDiffusionInpaintPipeline:
+            raise ConfigError(f"{source} is for inpainting: `finetune merge` makes a pipeline of it, for diffusers")
+        return pipeline
     stock = (DDPMPipeline, DDIMPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline)
+    stock += () if to_draw else (StableDiffusionInpaintPipeline,)
     classes = {cls.__name__: cls for cls in (UNetPipeline, *stock)}
     try:
         index = DiffusionPipeline.load_config(source, **at)

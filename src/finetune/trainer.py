@@ -87,10 +87,12 @@ class Trainer:
 
         with self.accelerator.main_process_first():  # a broken one is renamed by the first that sees it
             found = find_checkpoint(cfg)
-        make_class_images(cfg, self.accelerator, trust=trust)
         with self.accelerator.local_main_process_first():  # its check of the data is cached for the others
             refuse_differences(cfg)
-            data = with_class_images(cfg, open_data(cfg, dataset=dataset))
+            data = open_data(cfg, dataset=dataset)
+        make_class_images(cfg, self.accelerator, trust=trust)
+        with self.accelerator.local_main_process_first():
+            data = with_class_images(cfg, data)
         self.data = as_the_run_began(data, found, self.accelerator)
         self.cfg = cfg = with_prompts(cfg, self.data)
         self.replaced: set[int] = set()

@@ -78,6 +78,8 @@ class HeldOut:
         """data: with rows held out."""
         self.cfg = cfg
         trained = replace(data, rules=data.held_out.rules, buckets=None, latents=None)  # other crops are trained
+        if data.class_images_from is not None:
+            trained = replace(trained, rows=trained.rows[trained.rows < data.class_images_from])
         self._sides = {"validation": data.held_out, "train_validation": trained}
         held_out = _first_of_each_image(data.held_out, cfg.max_images)
         self.rows = [held_out, _first_of_each_image(trained, len(held_out))]
@@ -141,7 +143,9 @@ class HeldOut:
         x0 = modules.space.encode(batch.pixel_values.to(device), once)
         condition = {name: rows.repeat_interleave(levels, 0) for name, rows in modules.conditioner.of(batch).items()}
         network, random = bind(modules.unet, condition), StratifiedLevels(seed, image, levels, device)
-        terms = _with_levels_of_its_own(modules.objective).loss(network, x0.repeat_interleave(levels, 0), random)
+        masked = {} if batch.mask is None else {"mask": batch.mask.to(device).repeat_interleave(levels, 0)}
+        objective = _with_levels_of_its_own(modules.objective)
+        terms = objective.loss(network, x0.repeat_interleave(levels, 0), random, **masked)
         return (terms.per_sample * terms.weight).mean()
 
     # -- judging -------------------------------------------------------------------------------------------------------
