@@ -70,7 +70,7 @@ def test_a_pretrained_latent_model_is_sampled_as_its_users_expect(sections, samp
 
 def test_what_the_few_steps_do_not_use_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"sample.eta: dpmsolver\+\+ does not use it, only ddim: .* change the samp"):
-        config(**STABLE_DIFFUSION, objective=PLAIN, sample={"prompts": ["a"], "eta": 0.5})
+        config(**STABLE_DIFFUSION, objective={"kind": "ddpm", **PLAIN}, sample={"prompts": ["a"], "eta": 0.5})
 
 
 GUIDED = {"guidance_scale": 3.0}
