@@ -194,7 +194,8 @@ def test_what_is_wrong_with_the_data_is_told_before_anything_is_drawn(cfg, tmp_p
 def test_class_images_are_drawn_with_a_cache_and_are_not_measured(cfg):
     """By a text encoder that has its weights although embeddings are cached; the images of the subject are measured."""
     pictures(Path(cfg.data.train_data_dir), range(40, 52))
-    cached = replace(cfg, cache=Cache(text=True), validation=Validation(held_out=0.4))
+    folder = str(Path(cfg.output_dir).parent / "cache")
+    cached = replace(cfg, cache=Cache(text=True, folder=folder), validation=Validation(held_out=0.4))
     trainer = Trainer(cached)
     assert len(class_images(cfg)) == 5 and "made" in trainer.cached
     assert all((rows < trainer.data.class_images_from).all() for rows in trainer.validation.rows)
