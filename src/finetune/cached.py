@@ -59,6 +59,11 @@ class CachedTexts:
         return found
 
 
+def usable_rows(data: TrainData) -> np.ndarray:
+    """The rows of `data` without those that turned unusable in a run that goes on."""
+    return data.rows[data.images[data.rows].any(1)]
+
+
 def latent_keys(data: TrainData) -> tuple[np.ndarray, np.ndarray]:
     """What the latents of `data` are made of, of each usable row and variant.
 
@@ -69,9 +74,8 @@ def latent_keys(data: TrainData) -> tuple[np.ndarray, np.ndarray]:
     fixed = (VERSION, rules.resolution, rules.channels, rules.image_interpolation_mode, rules.preparation,
              rules.background, rules.center_crop)  # fmt: skip
     crops = not rules.center_crop and rules.preparation != "iddpm"
-    usable = data.rows[data.images[data.rows].any(1)]  # without those that turned unusable in a run that goes on
     places, keys = [], []
-    for row in usable.tolist():
+    for row in usable_rows(data).tolist():
         image = data.images[row].tobytes()
         for variant in range(rules.variants or 1):
             crop = key(seed, "crop", variant, row) if crops else None

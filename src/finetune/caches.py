@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from finetune.batching import loader_processes
 from finetune.cache_store import Records, Shelf, Writer, open_shelf
-from finetune.cached import VERSION, CachedLatents, CachedTexts, latent_keys, text_keys
+from finetune.cached import VERSION, CachedLatents, CachedTexts, latent_keys, text_keys, usable_rows
 from finetune.conditioning import texts_of
 from finetune.datacheck import IMAGE_DIGEST
 from finetune.durable import need_space
@@ -80,7 +80,7 @@ def fill_caches(cfg: TrainConfig, data: TrainData, modules: Modules, accelerator
             "no embedding would be used twice: remove shuffle_caption and caption_tag_dropout_rate there, or cache.text"
         )
     measured = [data] if data.held_out is None else [data, data.held_out]
-    captions = sorted(set().union(*(each.table.texts(_usable(each)) for each in measured))) if texts else []
+    captions = sorted(set().union(*(each.table.texts(usable_rows(each)) for each in measured))) if texts else []
     for part in texts:
         lines.append(_with_texts(cfg, part, list(dict.fromkeys(["", *captions])), accelerator))
     for part in modules.frozen:
@@ -262,11 +262,6 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------
-
-
-def _usable(data: TrainData) -> np.ndarray:
-    """The rows of `data` that could be read when it was checked at this start."""
-    return data.rows[data.images[data.rows].any(1)]
 
 
 def _need_space(folder: Path, size: int) -> None:

@@ -132,13 +132,10 @@ class Text(Single):
         new = [text for text in dict.fromkeys(texts) if text not in self._cache]
         fresh = {} if self.stored is None else self.stored.read(new)
         new = [text for text in new if text not in fresh]
-        for start in range(0, len(new), ENCODER_BATCH):
-            part = new[start : start + ENCODER_BATCH]
-            rows = self.embeddings(part)
-            fresh.update(zip(part, rows, strict=True))
-            for text, row in zip(part, rows, strict=True):
-                if not self.trained and (len(self._cache) + 1) * row.nbytes <= CACHE_BYTES:
-                    self._cache[text] = row.clone()  # not a view, which would keep the whole batch
+        for text, row in zip(new, self.embeddings(new) if new else (), strict=True):
+            fresh[text] = row
+            if not self.trained and (len(self._cache) + 1) * row.nbytes <= CACHE_BYTES:
+                self._cache[text] = row.clone()  # not a view, which would keep the whole batch
         rows = [self._cache[text] if text in self._cache else fresh[text] for text in texts]
         return torch.stack(rows).to(self.device)
 
