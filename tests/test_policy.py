@@ -19,6 +19,7 @@ LAYERS = [
     {"config_foundation"},
     {"config_choices", "config_captions", "config_data", "config_levels", "config_objective", "config_sample"},
     {"config_validation", "config_lora", "config_cache", "config_export", "config_optimizer", "config_prior"},
+    {"config_train"},
     {"hub", "signals", "seeding", "durable", "watchdog"},
     {"cache_store"},
     {"config"},

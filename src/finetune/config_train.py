@@ -1,0 +1,51 @@
+"""The section of the configuration that says how long, in which batches and by which kernels. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from finetune.config_types import Count, Positive, PositiveOrZero, section
+
+
+@section
+class Train:
+    """How long, in which batches and in which precision. Everything is counted in optimizer steps."""
+
+    max_train_steps: Count | None = None
+    """Optimizer steps of the whole run; overrides num_train_epochs."""
+    num_train_epochs: Count = 100
+    """Passes over the data (100 as in train_unconditional); the step count is rounded up."""
+    global_batch_size: Count | None = None
+    """Images per optimizer step over all processes and accumulation; unset: derived from train_batch_size."""
+    train_batch_size: Count | None = None
+    """Images per process and micro-step (16 as in train_unconditional, if global_batch_size is unset too)."""
+    gradient_accumulation_steps: Count | None = None
+    """Micro-steps per optimizer step; unset: what `accelerate launch` says, else 1."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the network; unset: what `accelerate launch` says. Trained weights stay float32."""
+    max_grad_norm: PositiveOrZero = 1.0
+    """Gradient norm above which gradients are scaled down (1.0 as in train_unconditional); 0: no clipping."""
+    max_nonfinite_steps: Count = 10
+    """Stop with exit code 3 after this many steps in a row with a NaN or infinite loss or gradient."""
+    timeout_minutes: Positive = 10.0
+    """A step that waits for another process or for samples this long ends the run; half as long, and stderr shows where
+    each thread stands. Checking data, drawing and saving take what they need."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    train_text_encoder: bool = False
+    """Train the text encoder too: all of it or, with the section lora, a LoRA on its attention."""
+    channels_last: bool = False
+    """Memory format of the UNet: faster on GPUs with tensor cores, not on CPUs."""
+    compile: bool = False
+    """torch.compile the UNet in place."""
+    allow_tf32: bool = False
+    """TensorFloat-32 matrix products on Ampere and later."""
+    deterministic: bool = False
+    """Only kernels that add in a fixed order: slower on a GPU, where a resume is bit for bit only with it."""
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size is not None and self.train_batch_size is not None:
+            raise ValueError(
+                f"train.global_batch_size ({self.global_batch_size}, over all processes) and train.train_batch_size "
+                f"({self.train_batch_size}, per process) both set the batch: give one of them"
+            )
