@@ -4,9 +4,14 @@
     codes = run(cfg, processes=2)                       two, over gloo
     codes = run(cfg, stop=(5, signal.SIGKILL))          the signal is sent as soon as step 5 stands in metrics.jsonl
 
-The children forget an Accelerator that the parent may have made: its state says there is one process.
+The children forget an Accelerator that the parent may have made: its state says there is one process. Theirs are forks
+too: the server of their loader processes (test_batching.py and test_signals.py have one that is started anew), and what
+proves the export of a LoRA (test_lora_export.py has it started anew).
 """
 
+import functools
+import gc
+import io
 import json
 import logging
 import os
@@ -14,14 +19,17 @@ import socket
 import sys
 import time
 import traceback
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
+import PIL.Image
+import scipy.io  # noqa: F401  imported here for all children, as what `_warm` does
 from accelerate.state import AcceleratorState, GradientState
 
 import finetune.run
-from finetune import cli
+from finetune import cli, lora_proof
 from finetune.config import TrainConfig
+from finetune.plots import draw_loss
 from finetune.trainer import Trainer
 
 
@@ -39,6 +47,7 @@ def start(cfg: TrainConfig, *, processes: int = 1, body=None) -> list[int]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     Path(cfg.output_dir).parent.mkdir(parents=True, exist_ok=True)
+    _warm()
     sys.stdout.flush(), sys.stderr.flush()
     return [_fork(cfg, rank, processes, port, body or (lambda cfg: Trainer(cfg).fit())) for rank in range(processes)]
 
@@ -71,7 +80,24 @@ def alive(pids: list[int]) -> bool:
 
 def whole(cfg: TrainConfig) -> None:
     """A `body`: what the command line does, from the plan on the screen to the export."""
+    lora_proof._ask = prove_in_a_fork
     finetune.run.train(cfg)
+
+
+def prove_in_a_fork(request: dict) -> None:
+    """In the place of `lora_proof._ask`: the same question to the same code, in a fork and not in a new process."""
+    text = json.dumps(request)
+    sys.stdout.flush(), sys.stderr.flush()
+    if pid := os.fork():
+        assert os.waitpid(pid, 0)[1] == 0
+        return
+    try:
+        lora_proof._answer(json.loads(text))
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def log(cfg: TrainConfig) -> str:
@@ -98,6 +124,31 @@ def state(cfg: TrainConfig, step: int) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
 
+@functools.cache
+def _warm() -> None:
+    """Do once what each child would do for the first time: matplotlib compiles its grammar, Pillow loads its formats."""
+    PIL.Image.init()
+    draw_loss([{"step": step, "loss": 1 / step, "lr": 1e-3 / step} for step in (1, 2, 3)], io.BytesIO())
+
+
+def _serve_loaders() -> None:
+    """What `ensure_running` of the fork server does, but that the server is forked from here and has its imports."""
+    server = forkserver._forkserver
+    alive, held = os.pipe()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address := connection.arbitrary_address("AF_UNIX"))
+        listener.listen()
+        pid = os.fork()
+        if not pid:
+            try:
+                os.close(held)
+                forkserver.main(listener.detach(), alive, None)
+            finally:
+                os._exit(0)
+    os.close(alive)
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, held, pid
+
+
 def _log_path(cfg: TrainConfig) -> Path:
     return Path(cfg.output_dir).with_suffix(".log")
 
@@ -107,6 +158,7 @@ def _fork(cfg: TrainConfig, rank: int, processes: int, port: int, body) -> int:
     if pid:
         return pid
     code = 70
+    gc.freeze()  # what the parent has made is not to be looked through again and again
     try:
         stream = os.open(_log_path(cfg), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(stream, 1), os.dup2(stream, 2)
@@ -115,6 +167,8 @@ def _fork(cfg: TrainConfig, rank: int, processes: int, port: int, body) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         forkserver._forkserver.__init__()  # one that a test had for loader processes is a child of the parent only
+        if cfg.data.dataloader_num_workers:
+            _serve_loaders()
         os.environ |= {"ACCELERATE_USE_CPU": "true"}
         if processes > 1:
             os.environ |= {

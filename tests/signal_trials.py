@@ -13,6 +13,7 @@ import random
 import signal
 import time
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 
 import forked
@@ -121,6 +122,7 @@ def _signalled(cfg: TrainConfig, outcome: Outcome, number: int, draw: random.Ran
 
     def body(cfg):
         os.setsid()
+        forkserver._forkserver.__init__()  # that of the loader processes is to be of this session: it is started anew
         if launched:
             pid = os.fork()
             if pid:
