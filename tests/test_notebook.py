@@ -31,11 +31,17 @@ def execute(notebook: nbformat.NotebookNode) -> None:
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """(the executed notebook, its output_dir)"""
+    """(the executed notebook, its output_dir, the two tries of a cell below its own that is interrupted at first)"""
     output_dir = tmp_path_factory.mktemp("notebook") / "run"
     notebook = shortened(MAX_STEPS=4, RESUME_STEPS=1, SAMPLE_STEPS=2, OUTPUT_DIR=str(output_dir))
+    stop = nbformat.v4.new_code_cell(STOP_AFTER_THE_FIRST_LINE)
+    first = nbformat.v4.new_code_cell('launch(short("stopped", 6))', metadata={"tags": ["raises-exception"]})
+    again = nbformat.v4.new_code_cell(first.source)
+    own = notebook.cells
+    notebook.cells = [*own, stop, first, again]
     execute(notebook)
-    return notebook, output_dir
+    notebook.cells = own
+    return notebook, output_dir, (first, again)
 
 
 def outputs(notebook: nbformat.NotebookNode, words: str) -> list[nbformat.NotebookNode]:
@@ -68,7 +74,7 @@ def test_every_figure_is_drawn(executed, words, count):
 
 
 def test_the_run_is_trained_planned_and_exported(executed):
-    notebook, output_dir = executed
+    notebook, output_dir, _ = executed
     plan = text(outputs(notebook, "launch(cfg)"))
     assert "4 of the optimizer" in plan and str(output_dir) in plan
     assert (output_dir / "pipeline" / "model_index.json").is_file()
@@ -90,15 +96,9 @@ def test_nothing_is_pushed_unless_asked(executed):
     assert outputs(executed[0], "if PUSH:") == []
 
 
-def test_an_interrupted_cell_goes_on_when_it_is_run_again(tmp_path):
+def test_an_interrupted_cell_goes_on_when_it_is_run_again(executed):
     """As with Jupyter's stop button, which sends SIGINT; the traceback of the first try is still around."""
-    notebook = shortened(MAX_STEPS=12, SAMPLE_STEPS=2, OUTPUT_DIR=str(tmp_path / "run"))
-    at = next(i for i, cell in enumerate(notebook.cells) if "\nlaunch(cfg)" in cell.source)
-    stop = nbformat.v4.new_code_cell(STOP_AFTER_THE_FIRST_LINE)
-    first = nbformat.v4.new_code_cell(notebook.cells[at].source, metadata={"tags": ["raises-exception"]})
-    again = nbformat.v4.new_code_cell("launch(cfg)")
-    notebook.cells = [*notebook.cells[:at], stop, first, again]
-    execute(notebook)
+    first, again = executed[2]
     (error,) = [output for output in first.outputs if output.output_type == "error"]
     step = re.fullmatch(r"SIGINT: saved at step (\d+); .*", error.evalue)[1]
     assert f"resumes at step {step}" in text(again.outputs)
@@ -111,7 +111,7 @@ import time
 
 
 def stop():
-    metrics = Path(OUTPUT_DIR) / "metrics.jsonl"
+    metrics = Path(f"{OUTPUT_DIR}-stopped") / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)

@@ -498,13 +498,19 @@ def test_half_precision_draws_about_the_same(parts):  # noqa: F811
 FRESH = """
 import sys, numpy as np, torch
 torch.set_num_threads(1)
-{imports}
-for folder in sys.argv[1:]:
-    pipeline = {cls}.from_pretrained(folder, use_safetensors=True)
+from diffusers import DiffusionPipeline
+stock = [folder for folder in sys.argv[1:] if "stock" in folder]
+for folder in [*stock, *(folder for folder in sys.argv[1:] if folder not in stock)]:
+    if folder in stock:
+        assert not any(name.startswith("finetune") for name in sys.modules)
+        cls = DiffusionPipeline
+    else:
+        from finetune.pipelines import UNetPipeline as cls
+    pipeline = cls.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     kind = pipeline.config.get("conditioning", "text" if "text_encoder" in pipeline.config else "none")
-    given = {{"none": {{"batch_size": 2}}, "class_label": {{"class_labels": [0, 1]}}}}.get(kind)
-    given = given or {{"prompt": ["a red three", "a blue seven"]}}
+    given = {"none": {"batch_size": 2}, "class_label": {"class_labels": [0, 1]}}.get(kind)
+    given = given or {"prompt": ["a red three", "a blue seven"]}
     if "DDIM" in type(pipeline).__name__:
         given["use_clipped_model_output"] = True
     if "UNet" not in type(pipeline).__name__:
@@ -513,55 +519,52 @@ for folder in sys.argv[1:]:
         given["guidance_scale"] = 3.0
     images = pipeline(**given, generator=[torch.Generator().manual_seed(i) for i in range(2)]).images
     np.save(folder + "/images.npy", np.stack([np.asarray(image) for image in images]))
-{check}
 """
+GUIDED = {"guidance_scale": 3.0, "scheduler": "dpmsolver++"}
+ROUND_TRIPS = {
+    "stock pixel": (("pixel", "none", "unet2d"), {}),
+    "stock ddim": (("pixel", "none", "unet2d"), {"scheduler": "ddim"}),
+    "stock text": (("latent", "text", "unet2d_condition"), {"guidance_scale": 3.0}),
+    "class": (("pixel", "class_label", "unet2d"), GUIDED),
+    "pooled": (
+        ("latent", "pooled_text", "unet2d"),
+        {**GUIDED, "scheduler": "ddim", "eta": 0.5, "guidance_rescale": 0.7},
+    ),
+    "text": (("pixel", "text", "unet2d_condition"), GUIDED),
+    "none": (("latent", "none", "unet2d_condition"), {}),
+}
 
 
-def check_round_trip(parts, tmp_path, cases, code):  # noqa: F811
-    expected = {}
-    for i, (combination, sections) in enumerate(cases):
+@pytest.fixture(scope="module")
+def elsewhere(parts, tmp_path_factory):  # noqa: F811
+    """name of ROUND_TRIPS -> (folder, images drawn here, those that a fresh process draws: by diffusers alone first)"""
+    root, expected = tmp_path_factory.mktemp("elsewhere"), {}
+    for name, (combination, sections) in ROUND_TRIPS.items():
         cfg = config(parts, *combination, sample={"num_inference_steps": 5, **sections})
         pipeline = pipeline_of(cfg)
         prompts = {"prompts": PROMPTS} if "text" in combination[1] else {}
         scale = None if combination[1] == "none" else 3.0
-        pipeline.save_pretrained(tmp_path / str(i))
+        pipeline.save_pretrained(root / name)
         images = generate(pipeline, num_images=2, seed=0, num_inference_steps=5, guidance_scale=scale, **prompts)
-        expected[str(tmp_path / str(i))] = np.stack([np.asarray(image) for image in images])
-    done = subprocess.run([sys.executable, "-c", code, *expected], capture_output=True, text=True)
+        expected[name] = np.stack([np.asarray(image) for image in images])
+    done = subprocess.run([sys.executable, "-c", FRESH, *(str(root / name) for name in expected)],
+                          capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for folder, images in expected.items():
-        np.testing.assert_array_equal(np.load(folder + "/images.npy"), images)
-        assert images.std() > 1, "an image of one colour would prove nothing"
+    return {name: (root / name, images, np.load(root / name / "images.npy")) for name, images in expected.items()}
 
 
-def test_stock_pipelines_load_with_diffusers_alone(parts, tmp_path):  # noqa: F811
-    cases = [
-        (("pixel", "none", "unet2d"), {}),
-        (("pixel", "none", "unet2d"), {"scheduler": "ddim"}),
-        (("latent", "text", "unet2d_condition"), {"guidance_scale": 3.0}),
-    ]
-    code = FRESH.format(
-        imports="from diffusers import DiffusionPipeline",
-        cls="DiffusionPipeline",
-        check="assert not any(name.startswith('finetune') for name in sys.modules)",
-    )
-    check_round_trip(parts, tmp_path, cases, code)
-
-
-def test_our_pipeline_draws_the_same_in_a_fresh_process(parts, tmp_path):  # noqa: F811
-    guided = {"guidance_scale": 3.0, "scheduler": "dpmsolver++"}
-    cases = [
-        (("pixel", "class_label", "unet2d"), guided),
-        (("latent", "pooled_text", "unet2d"), {**guided, "scheduler": "ddim", "eta": 0.5, "guidance_rescale": 0.7}),
-        (("pixel", "text", "unet2d_condition"), guided),
-        (("latent", "none", "unet2d_condition"), {}),
-    ]
-    code = FRESH.format(imports="from finetune.pipelines import UNetPipeline", cls="UNetPipeline", check="")
-    check_round_trip(parts, tmp_path, cases, code)
-    again = UNetPipeline.from_pretrained(tmp_path / "0")
-    assert (again.config.num_classes, again.config.class_names) == (3, ["zero", "one", "two"])
-    with pytest.raises(Exception, match="UNetPipeline"):  # diffusers alone does not know it, and says so
-        DiffusionPipeline.from_pretrained(tmp_path / "0")
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_a_fresh_process_draws_the_same(elsewhere, name):
+    """The stock pipelines with diffusers alone; ours are known by what pipeline they are, and diffusers says so."""
+    folder, images, drawn = elsewhere[name]
+    np.testing.assert_array_equal(drawn, images)
+    assert images.std() > 1, "an image of one colour would prove nothing"
+    if "stock" not in name:
+        again = UNetPipeline.from_pretrained(folder)
+        named = (3, ["zero", "one", "two"]) if name == "class" else (None, None)
+        assert (again.config.num_classes, again.config.class_names) == named
+        with pytest.raises(Exception, match="UNetPipeline"):  # diffusers alone does not know it
+            DiffusionPipeline.from_pretrained(folder)
 
 
 def test_sampling_leaves_weights_and_conditions_alone(parts):  # noqa: F811
