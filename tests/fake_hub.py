@@ -12,10 +12,14 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import huggingface_hub
 
 from xet_server import XetStorage
 
@@ -112,6 +116,17 @@ class FakeHub:
         """What leads a process to this Hub with a token that may write, its caches under `home`."""
         known = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": WRITE_TOKEN, "HF_HOME": str(home)}
         return known | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+
+    def lead(self, home: Path, set_to: Callable[[Any, str, Any], None]) -> None:
+        """Lead this process here as well, which is offline else and read its environment long ago."""
+        constants = huggingface_hub.constants
+        address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, self.endpoint)
+        set_to(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        set_to(constants, "ENDPOINT", self.endpoint)
+        set_to(constants, "HF_HUB_OFFLINE", False)
+        set_to(huggingface_hub.hf_api.api, "endpoint", self.endpoint)
+        set_to(constants, "HF_HUB_CACHE", str(home / "hub"))
+        set_to(constants, "HF_TOKEN_PATH", str(home / "token"))
 
     def fail(
         self, path: str, what: int | str, *, method: str = ".*", times: int = 1, after: bool = False, **headers: str

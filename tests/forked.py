@@ -126,7 +126,7 @@ def state(cfg: TrainConfig, step: int) -> dict[str, bytes]:
 
 @functools.cache
 def _warm() -> None:
-    """Do once what each child would do for the first time: matplotlib compiles its grammar, Pillow loads its formats."""
+    """Do once what each child would do for the first time: matplotlib compiles a grammar, Pillow loads its formats."""
     PIL.Image.init()
     draw_loss([{"step": step, "loss": 1 / step, "lr": 1e-3 / step} for step in (1, 2, 3)], io.BytesIO())
 

@@ -55,7 +55,8 @@ def test_two_processes_on_the_cpu_see_no_gpu_and_the_precision(tmp_path):
     line = "' '.join(f'{k}={os.environ[k]};' for k in ('RANK', 'CUDA_VISIBLE_DEVICES', 'ACCELERATE_MIXED_PRECISION'))"
     script.write_text(f"import os; os.write(1, {line}.encode() + bytes([10]))")  # at once: both write to one pipe
     file = ROOT / "configs" / "accelerate" / "cpu_2.yaml"
-    command = [*LAUNCH, "--config_file", str(file), "--main_process_port", "0", "--mixed_precision", "bf16", str(script)]
+    options = ["--main_process_port", "0", "--mixed_precision", "bf16"]
+    command = [*LAUNCH, "--config_file", str(file), *options, str(script)]
     output = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     seen = "CUDA_VISIBLE_DEVICES=-1,-1; ACCELERATE_MIXED_PRECISION=bf16;"
     assert {f"RANK=0; {seen}", f"RANK=1; {seen}"} == set(output.splitlines())

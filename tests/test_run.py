@@ -19,6 +19,7 @@ import torch.utils.tensorboard  # noqa: F401  as above
 from PIL import Image
 from safetensors.torch import load_file
 
+import elsewhere
 import finetune.export
 import finetune.run
 from fake_hub import READ_TOKEN, WRITE_TOKEN, FakeHub
@@ -78,31 +79,9 @@ def exported(cfg) -> Path:
     return Path(cfg.output_dir) / "pipeline"
 
 
-# A process that knows the folders only, and draws what the training drew at its end.
-FRESH = """
-import json, sys
-import numpy as np, torch
-torch.set_num_threads(1)
-jobs = json.load(sys.stdin)
-for job in [job for job in jobs if job["stock"]]:
-    import diffusers
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(job["source"])
-    assert type(pipeline).__name__ == job["stock"]
-    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    given = {"prompt": job["prompts"], "guidance_scale": 1} if job["prompts"] else {"batch_size": 2}
-    images = pipeline(**given, num_inference_steps=2, generator=generator, output_type="np").images
-    np.save(job["out"], images)
-assert "finetune" not in sys.modules
-for job in [job for job in jobs if not job["stock"]]:
-    from finetune.sample import generate, load_pipeline
-    pipeline = load_pipeline(job["source"])
-    given = {"prompts": job["prompts"], "num_inference_steps": job["steps"]}
-    np.save(job["out"], np.stack([np.asarray(i) for i in generate(pipeline, num_images=2, seed=0, **given)]) / 255)
-"""
-
-
 def draw_elsewhere(jobs) -> None:
-    command = [sys.executable, "-c", FRESH]
+    """In a process that knows the folders only, what the training drew at its end."""
+    command = [sys.executable, elsewhere.__file__]
     done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -251,10 +230,15 @@ def test_push_and_pull_back(tmp_path, hub):
     assert_no_token(cfg)
     kinds = {"stock": "DDPMPipeline", "ours": None}
     outs = {name: str(tmp_path / f"{name}.npy") for name in kinds}
-    draw_elsewhere([
-        {"source": "user/run", "stock": stock, "prompts": None, "steps": 2, "out": outs[name]}
-        for name, stock in kinds.items()
-    ])  # fmt: skip
+
+    def pulls(_):
+        hub.lead(tmp_path / "pulled", setattr)
+        for name, stock in kinds.items():
+            elsewhere.draw({"source": "user/run", "stock": stock, "prompts": None, "steps": 2, "out": outs[name]})
+
+    gets = len([request for request in hub.requests if "/resolve/" in request.path])
+    assert run(cfg, body=pulls) == [0], log(cfg)
+    assert len([request for request in hub.requests if "/resolve/" in request.path]) > gets
     for out in outs.values():
         assert_same_picture(cfg, np.load(out))
 

@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import re
+import runpy
 import shutil
 import stat
 import subprocess
@@ -217,12 +218,18 @@ def test_no_file_of_a_run_is_a_pickle(finished):
 # ---------------------------------------------------------------------------------------- no code from a repository
 
 
-def test_diffusers_is_told_to_run_no_code():
-    lines = "from finetune.cli import guarded\nguarded(lambda argv: None, [])\nimport diffusers.utils.constants as c\n"
-    command = [sys.executable, "-c", lines + "print(c.DIFFUSERS_DISABLE_REMOTE_CODE)"]
-    environment = {name: value for name, value in os.environ.items() if name != "DIFFUSERS_DISABLE_REMOTE_CODE"}
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_diffusers_is_told_to_run_no_code(monkeypatch):
+    """Before it is imported, by a variable that it reads then."""
+    name = "DIFFUSERS_DISABLE_REMOTE_CODE"
+    lines = "import os, sys\nfrom finetune.cli import guarded\nguarded(lambda argv: None, [])\n"
+    command = [sys.executable, "-c", f"{lines}print(os.environ['{name}'], 'diffusers' in sys.modules)"]
+    environment = {key: value for key, value in os.environ.items() if key != name}
     done = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT / "src")})
-    assert done.stdout == "True\n", done.stderr
+    assert done.stdout == "1 False\n", done.stderr
+    for value in ("1", "0"):  # the second is the negative control
+        monkeypatch.setenv(name, value)
+        assert runpy.run_module("diffusers.utils.constants")[name] == (value == "1")
     assert '"diffusers>=0.42' in (ROOT / "pyproject.toml").read_text()  # of which on other modules are refused too
 
 
@@ -266,17 +273,10 @@ def test_code_in_a_model_repository_is_not_run(models, tmp_path, monkeypatch, ha
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub for this process, which is offline else, and for those that it starts."""
-    constants = huggingface_hub.constants
     with FakeHub() as server:
         for name, value in server.environment(tmp_path / "hf").items():
             monkeypatch.setenv(name, value)
-        address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+        server.lead(tmp_path / "hf", monkeypatch.setattr)
         pin({})
         yield server
         pin({})

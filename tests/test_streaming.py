@@ -364,13 +364,15 @@ HUB_RUN = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
+from finetune.data import open_data
 from finetune.pretrained import commits
-from test_streaming import open_data, same, streamed
+from tiny import config
 def opened(**data):
-    return open_data(streamed(Path("unused"), "user/digits", data=data), progress=False)
-data, loaded = opened(), opened(streaming=False, shuffle_buffer_size=None)
-samples = [one.samples(range(23), [0] * 23) for one in (data, loaded)]
-assert all(same(*pair) for pair in zip(*samples, strict=True))
+    data = {"dataset_name": "user/digits", "max_train_samples": None} | data
+    return open_data(config(Path("unused"), data=data), progress=False)
+data, loaded = opened(streaming=True, shuffle_buffer_size=60), opened()
+for one, other in zip(*(one.samples(range(23), [0] * 23) for one in (data, loaded)), strict=True):
+    assert (one.pixels == other.pixels).all() and (one.label, one.time_ids) == (other.label, other.time_ids)
 print(json.dumps([data.facts, data.fingerprint, data.class_names, commits()]))
 """
 
