@@ -15,12 +15,11 @@ from finetune.config_lora import Lora
 from finetune.errors import ConfigError
 from finetune.evaluate import load_subject
 from finetune.lora import add_lora, has_adapter, load_trained_state, merge, trained_state
-from finetune.meter import Meter
 from finetune.plan import adapter_line, checkpoints_line, model_line
 from finetune.sample import load_pipeline
 from finetune.trainer import Trainer
 from forked import last_step, log, metrics, run, state, whole
-from tiny import config
+from tiny import config, steps
 from tiny_models import LENGTH, WIDTH, build, parts  # noqa: F401
 from tiny_models import config as tiny_config
 
@@ -174,15 +173,6 @@ def test_scale():
 def trainer_of(folder, **sections):
     sections = {"lora": {"rank": 2}, **sections}
     return Trainer(config(folder, **sections))
-
-
-def steps(trainer, n):
-    """n steps; the gradient norm of the last."""
-    meter = Meter(trainer.accelerator, trainer.modules.objective)
-    batches = meter.waiting(iter(trainer.loader()))
-    for _ in range(n):
-        trainer.train_step(batches, meter)
-    return meter.read()["grad_norm"]
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -16,7 +16,6 @@ from finetune.config_lora import Lora
 from finetune.ema import by_module
 from finetune.errors import ConfigError
 from finetune.evaluate import load_subject
-from finetune.meter import Meter
 from finetune.modules import choose_trained, kept_modules
 from finetune.pipeline_conditions import text_modules
 from finetune.plan import model_line, optimizer_line
@@ -25,7 +24,7 @@ from finetune.sample import load_pipeline
 from finetune.text_conditions import PooledText, TextSequence
 from finetune.trainer import Trainer
 from forked import last_step, log, metrics, run, state, whole
-from tiny import config
+from tiny import config, steps
 from tiny_models import LENGTH, PROMPTS, build, parts  # noqa: F401
 from tiny_models import config as tiny_config
 
@@ -42,15 +41,6 @@ def text_config(parts, folder, *, trained=True, train=None, **sections):  # noqa
         train={"train_text_encoder": trained, **(train or {})},
         **{"sample": {"prompts": PROMPTS}, **sections},
     )
-
-
-def steps(trainer, n):
-    """n steps; the gradient norm of the last."""
-    meter = Meter(trainer.accelerator, trainer.modules.objective)
-    batches = meter.waiting(iter(trainer.loader()))
-    for _ in range(n):
-        trainer.train_step(batches, meter)
-    return meter.read()["grad_norm"]
 
 
 def copies(module):

@@ -40,3 +40,14 @@ def config(output_dir: Path, **sections) -> TrainConfig:
     for name, values in sections.items():
         settings[name] = {**settings.get(name, {}), **values} if isinstance(values, dict) else values
     return TypeAdapter(TrainConfig).validate_python(settings)
+
+
+def steps(trainer, n: int) -> float:
+    """n steps of a trainer of this process; the gradient norm of the last."""
+    from finetune.meter import Meter  # imports torch, which whoever wants a configuration only need not have
+
+    meter = Meter(trainer.accelerator, trainer.modules.objective)
+    batches = meter.waiting(iter(trainer.loader()))
+    for _ in range(n):
+        trainer.train_step(batches, meter)
+    return meter.read()["grad_norm"]
