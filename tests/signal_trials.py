@@ -158,8 +158,7 @@ def _signalled(cfg: TrainConfig, outcome: Outcome, number: int, draw: random.Ran
     else:
         _tolerant(os.kill, pids[0], number)
     codes = forked.wait(cfg, trainers, seconds=60)
-    time.sleep(0.3)  # for loader processes to see that their trainer is gone
-    return codes, time.monotonic() - start - 0.3
+    return codes, time.monotonic() - start
 
 
 def _now(cfg: TrainConfig, outcome: Outcome, marker: Path, step: int) -> bool:

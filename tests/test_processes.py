@@ -140,7 +140,7 @@ def test_the_main_process_of_two(tmp_path, reference, what):
 
 def test_main_process_may_take_longer_than_the_time_limit(tmp_path, monkeypatch):
     """Data check, samples and checkpoints of the main process alone; a collective of that length is given up."""
-    train = SHORT | {"max_train_steps": 2, "timeout_minutes": 1 / 60}
+    train = SHORT | {"max_train_steps": 1, "timeout_minutes": 1 / 60}
     cfg = config(tmp_path / "run", train=train, checkpoint={"checkpointing_steps": 1})
 
     def slow(cfg):
