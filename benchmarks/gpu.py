@@ -19,13 +19,14 @@ syncs, trace        where a step of sd15, batch 4, waits for the device; what it
                     which the GPU works, the longest gaps between kernels and what the host did in them, the kernels
                     that take longest. The trace itself goes to --out
 compiled            losses with compiled blocks, a compiled UNet and CUDA graphs beside those in eager mode
-levers              sd15, batch 4, with each lever alone, beside none
+lever               sd15, batch 4, with each lever alone, beside none
 
 Prints a line of JSON per figure as soon as it is known. Exit code 1 if losses do not agree or a resume is not exact.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -41,6 +42,8 @@ from gpu_runs import CASES, GPU, LEVERS, Bare, Ours, Place, forget_accelerate, m
 Stage = tuple[str, float, Callable[[], None]]
 """Name, seconds that it takes on an H100 (with diffusers' scripts), and what it does."""
 ON = "on"
+ALONE = {"channels_last": 40, "cudnn_benchmark": 40, "compile blocks": 90, "compile unet": 240, "cuda_graphs": 240}
+"""Seconds that a lever takes, to be measured alone."""
 
 
 class Bench:
@@ -121,39 +124,32 @@ def together(bench: Bench, name: str, batch: int) -> None:
 
 
 def one_by_one(bench: Bench, name: str, batch: int) -> None:
-    """The same for what fills the memory: each of our trainers with its bare loop, and then the script alone."""
-    place = bench.place(name)
-    seconds: dict[str, list[float]] = {}
+    """The same for what fills the memory: the script alone, and then each of our trainers with its bare loop."""
+    place, seconds = bench.place(name), {}
+    bench.keep_only("")
+    if bench.asked.diffusers is not None:
+        peer = peer_of(place, bench.asked.diffusers, batch)
+        try:
+            seconds = measure(bench, place, batch, {"diffusers": peer})
+        finally:
+            peer.close()
     for levers in ("off", ON):
         bench.keep_only(name, levers)
         ours = bench.trainer(name, levers).take(batch)
         runners = {f"ours, levers {levers}": ours, f"bare, levers {levers}": Bare(ours)}
         seconds = measure(bench, place, batch, runners, before=seconds)
         del ours, runners
-    bench.keep_only("")
-    if bench.asked.diffusers is not None:
-        peer = peer_of(place, bench.asked.diffusers, batch)
-        try:
-            measure(bench, place, batch, {"diffusers": peer}, before=seconds)
-        finally:
-            peer.close()
 
 
-def single_levers(bench: Bench) -> None:
-    """Each lever alone, at batch 4 of sd15, beside none."""
-    place = bench.place("sd15")
-    for levers in [levers for levers in LEVERS if levers not in ("off", ON)]:
-        if not GPU and levers != "channels_last":
-            bench.report.add(f"lever {levers}", note="skipped: for a GPU")
-            continue
-        bench.keep_only("sd15", "off")
-        names = {f"ours, levers {each}": each for each in ("off", levers)}
-        try:
-            batch = 1 if bench.asked.tiny else 4
-            runners = {name: bench.trainer("sd15", each).take(batch) for name, each in names.items()}
-            measure(bench, place, batch, runners)
-        except Exception as error:
-            bench.report.add(f"lever {levers}", note=f"{type(error).__name__}: {str(error)[:300]}")
+def single_lever(bench: Bench, levers: str) -> None:
+    """One lever alone, at batch 4 of sd15, beside none."""
+    if not GPU and levers != "channels_last":
+        bench.report.add(f"lever {levers}", note="skipped: for a GPU")
+        return
+    bench.keep_only("sd15", "off")
+    batch = 1 if bench.asked.tiny else 4
+    runners = {f"ours, levers {each}": bench.trainer("sd15", each).take(batch) for each in ("off", levers)}
+    measure(bench, bench.place("sd15"), batch, runners)
 
 
 def stages_of(bench: Bench) -> list[Stage]:
@@ -176,7 +172,7 @@ def stages_of(bench: Bench) -> list[Stage]:
         ("sd15 1", 100, speed("sd15", 1)),
         ("ddpm 64", 80, speed("ddpm", 64)),
         ("sdxl 4", 170, speed("sdxl", 4)),
-        ("levers", 150, lambda: single_levers(bench)),
+        *((f"lever {name}", seconds, functools.partial(single_lever, bench, name)) for name, seconds in ALONE.items()),
     ]
 
 

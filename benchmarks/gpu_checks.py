@@ -22,7 +22,6 @@ from gpu_runs import GPU, Ours, forget_accelerate
 STEPS = 20
 EAGER: dict[str, tuple[dict[str, Any], str, float]] = {
     "float32": ({}, "", 0.0),
-    "AdamW in a loop": ({}, "float32", 1e-3),
     "TF32": ({"allow_tf32": True}, "float32", 1e-2),
     "channels_last": ({"channels_last": True}, "float32", 1e-3),
     "bfloat16": ({"mixed_precision": "bf16"}, "float32", 5e-2),
@@ -30,18 +29,25 @@ EAGER: dict[str, tuple[dict[str, Any], str, float]] = {
 }
 """Settings of train by what they are called; what their losses are compared with; the largest relative difference that
 they may have from it in any of STEPS steps: rounding to 8, 11 or 24 bits, which the steps carry on."""
+GRAPHS = {"compile": "unet", "cuda_graphs": True}
 COMPILED: dict[str, tuple[dict[str, Any], str, float]] = {
     "bfloat16": ({"mixed_precision": "bf16"}, "", 0.0),
     "compiled blocks": ({"mixed_precision": "bf16", "compile": "blocks"}, "bfloat16", 5e-2),
     "compiled UNet": ({"mixed_precision": "bf16", "compile": "unet"}, "bfloat16", 5e-2),
-    "CUDA graphs": ({"mixed_precision": "bf16", "compile": "unet", "cuda_graphs": True}, "bfloat16", 5e-2),
-}
+    "CUDA graphs": ({"mixed_precision": "bf16", **GRAPHS}, "bfloat16", 5e-2),
+    "CUDA graphs, accumulating": (
+        {"mixed_precision": "bf16", **GRAPHS, "gradient_accumulation_steps": 2}, "bfloat16", 5e-2
+    ),
+}  # fmt: skip
 """Likewise; a compiled network rounds less often than an eager one."""
 
 
 def check_losses(bench: Any) -> None:
-    """Losses of each of EAGER beside those that they are compared with."""
+    """Losses of each of EAGER beside those that they are compared with; and the fused AdamW."""
     _check(bench, EAGER)
+    difference = fused_adamw(torch.device("cuda" if GPU else "cpu"))
+    holds = bench.check(difference <= 1e-5)
+    bench.report.add("fused AdamW beside a loop", steps=STEPS, difference=difference, tolerance=1e-5, holds=holds)
 
 
 def check_compiled(bench: Any) -> None:
@@ -71,6 +77,21 @@ def _check(bench: Any, runs: dict[str, tuple[dict[str, Any], str, float]]) -> No
         bench.report.add(figure, **found)
 
 
+def fused_adamw(device: torch.device) -> float:
+    """The largest difference, over the largest weight, that the fused AdamW has from torch's loop after STEPS steps."""
+    sides = []
+    for fused in (True, False):
+        random = torch.Generator().manual_seed(0)
+        weights = [torch.randn(64, 64, generator=random).to(device).requires_grad_() for _ in range(8)]
+        optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=fused, foreach=False)
+        for _ in range(STEPS):
+            for weight in weights:
+                weight.grad = torch.randn(64, 64, generator=random).to(device)
+            optimizer.step()
+        sides.append(torch.stack([weight.detach() for weight in weights]))
+    return float((sides[0] - sides[1]).abs().max() / sides[1].abs().max())
+
+
 def largest_difference(losses: list[float], others: list[float]) -> float:
     """Relative, over the steps that both took; infinite if there are none."""
     both = [(a, b) for a, b in zip(losses, others, strict=True) if math.isfinite(a) and math.isfinite(b)]
@@ -79,11 +100,7 @@ def largest_difference(losses: list[float], others: list[float]) -> float:
 
 def _losses(bench: Any, name: str, train: dict[str, Any]) -> list[float]:
     """One per global batch; not a number where the step was skipped, as float16 does while it finds its scale."""
-    trainer, meter = _small(bench, name, train)
-    if name == "AdamW in a loop":
-        for group in trainer.optimizer.param_groups:
-            group["fused"], group["foreach"] = False, False
-    return _train(trainer, meter, 4 if bench.asked.tiny else STEPS)
+    return _train(*_small(bench, name, train), 4 if bench.asked.tiny else STEPS)
 
 
 def _train(trainer: Trainer, meter: Meter, steps: int) -> list[float]:
@@ -116,7 +133,7 @@ def _small(bench: Any, name: str, train: dict[str, Any]) -> tuple[Trainer, Meter
         | Ours.known(train),
         "optimizer": {"learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0},
         "ema": {"use_ema": True},
-        "tracking": {"report_to": "none"},
+        "tracking": {"report_to": "none", "log_every": 1},
         "sample": {"sample_every": None},
     }
     trainer = Trainer(TypeAdapter(TrainConfig).validate_python(settings))
