@@ -35,6 +35,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from figures import Report, parser
 from gpu_checks import check_compiled, check_losses, check_resume, count_synchronisations, profile
 from gpu_runs import CASES, GPU, LEVERS, Bare, Ours, Place, forget_accelerate, measure, peer_of, release
@@ -84,19 +86,21 @@ class Bench:
             self._places[name] = Place.make(name, self.root / name, tiny=self.asked.tiny)
         return self._places[name]
 
-    def trainer(self, name: str, levers: str) -> Ours:
-        """Our trainer of a case, made when it is first asked for; LEVERS names its levers."""
+    def trainer(self, name: str, levers: str, batch: int) -> Ours:
+        """Our trainer of a case, made when it is first asked for, with its next batches; LEVERS names its levers."""
         if not self._trainers:
             forget_accelerate()
         if (name, levers) not in self._trainers:
             folder = self.root / "runs" / f"{name}-{levers}"
-            self._trainers[name, levers] = Ours(self.place(name), folder, LEVERS[levers])
-        return self._trainers[name, levers]
+            self._trainers[name, levers] = Ours(self.place(name), folder, LEVERS[levers], batch)
+        return self._trainers[name, levers].take(batch)
 
     def keep_only(self, name: str, levers: str | None = None) -> None:
         """Let go of the trainers of other cases, and of other levers than `levers` if that is given."""
         for key in [key for key in self._trainers if key[0] != name or levers not in (None, key[1])]:
             self._trainers.pop(key).close()
+        if not self._trainers:
+            torch.compiler.reset()  # what was compiled keeps the networks alive
         release()
 
     def check(self, holds: bool) -> bool:
@@ -105,16 +109,24 @@ class Bench:
         return holds
 
 
+def with_bare(bench: Bench, name: str, levers: str, batch: int) -> dict[str, Any]:
+    """Our trainer with these levers and the bare loop of its UNet; nothing but a row if it cannot be made."""
+    try:
+        ours = bench.trainer(name, levers, batch)
+        return {f"ours, levers {levers}": ours, f"bare, levers {levers}": Bare(ours)}
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        bench.report.add(f"{name}, batch {batch}, levers {levers}", note=reason)
+        return {}
+
+
 def together(bench: Bench, name: str, batch: int) -> None:
     """Levers off and on, their bare loops and the script, taking turns."""
     bench.keep_only(name)
     place = bench.place(name)
     peer = peer_of(place, bench.asked.diffusers, batch)  # first: it starts while our trainers are made
     try:
-        runners: dict[str, Any] = {}
-        for levers in ("off", ON):
-            ours = bench.trainer(name, levers).take(batch)
-            runners |= {f"ours, levers {levers}": ours, f"bare, levers {levers}": Bare(ours)}
+        runners = with_bare(bench, name, "off", batch) | with_bare(bench, name, ON, batch)
         if peer is not None:
             runners["diffusers"] = peer
         measure(bench, place, batch, runners)
@@ -135,10 +147,7 @@ def one_by_one(bench: Bench, name: str, batch: int) -> None:
             peer.close()
     for levers in ("off", ON):
         bench.keep_only(name, levers)
-        ours = bench.trainer(name, levers).take(batch)
-        runners = {f"ours, levers {levers}": ours, f"bare, levers {levers}": Bare(ours)}
-        seconds = measure(bench, place, batch, runners, before=seconds)
-        del ours, runners
+        seconds = measure(bench, place, batch, with_bare(bench, name, levers, batch), before=seconds)
 
 
 def single_lever(bench: Bench, levers: str) -> None:
@@ -148,7 +157,7 @@ def single_lever(bench: Bench, levers: str) -> None:
         return
     bench.keep_only("sd15", "off")
     batch = 1 if bench.asked.tiny else 4
-    runners = {f"ours, levers {each}": bench.trainer("sd15", each).take(batch) for each in ("off", levers)}
+    runners = {f"ours, levers {each}": bench.trainer("sd15", each, batch) for each in ("off", levers)}
     measure(bench, bench.place("sd15"), batch, runners)
 
 

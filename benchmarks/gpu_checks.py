@@ -168,7 +168,7 @@ def count_synchronisations(bench: Any, steps: int = 3) -> None:
     if not GPU:
         bench.report.add("waits for the device", note="skipped: for a GPU")
         return
-    ours, places = bench.trainer("sd15", "off").take(4), Counter()
+    ours, places = bench.trainer("sd15", "off", 4), Counter()
 
     def note(message: Any, *_: Any) -> None:
         if "synchronizing" in str(message):
@@ -192,7 +192,7 @@ def count_synchronisations(bench: Any, steps: int = 3) -> None:
 def profile(bench: Any, most: int = 5) -> None:
     """A few steps of sd15, batch 4, without levers and with all: the GPU's share, its longest gaps, its kernels."""
     for levers in ("off", "on"):
-        ours = bench.trainer("sd15", levers).take(1 if bench.asked.tiny else 4)
+        ours = bench.trainer("sd15", levers, 1 if bench.asked.tiny else 4)
         path = (bench.asked.out or bench.root) / f"trace-{levers}.json.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if GPU else [])]

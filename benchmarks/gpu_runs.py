@@ -129,11 +129,11 @@ class Place:
 class Ours:
     """Our trainer."""
 
-    def __init__(self, place: Place, folder: Path, levers: dict[str, Any]) -> None:
+    def __init__(self, place: Place, folder: Path, levers: dict[str, Any], batch: int) -> None:
         if not GPU:  # where the others gain nothing, and take long
             levers = {name: value for name, value in levers.items() if name == "channels_last"}
         self._before, self.own, self.peak = _allocated(), 0, 0
-        self.trainer = Trainer(place.config(folder, self.known(levers) | {"global_batch_size": 1}))
+        self.trainer = Trainer(place.config(folder, self.known(levers) | {"global_batch_size": batch}))
         self.meter = Meter(self.trainer.accelerator, self.trainer.modules.objective)
         self._open = contextlib.ExitStack()
 
@@ -147,7 +147,7 @@ class Ours:
     def take(self, batch: int) -> Ours:
         """Take batches of this size from now on, and make the first two steps, in which kernels are chosen."""
         if self.trainer.micro_batch != batch:
-            torch.compiler.reset()  # shapes are static in a run: nothing is to be compiled for several
+            torch.compiler.reset()  # a run has one shape: nothing is to be compiled for several
         self.trainer.micro_batch = self.trainer.global_batch = batch  # the model is made once for all of them
         self._open.close()
         loaded = on_device(patiently(self.trainer.loader(), 600), self.trainer.accelerator.device)
