@@ -146,7 +146,7 @@ def starts(report: Report, folder: Folder, repeats: int, checkout: Path | None) 
                 taken[figure].append(measured)
     medians = {figure: middle([each["cpu"] for each in runs])["median"] for figure, runs in taken.items()}
     for figure, runs in taken.items():
-        row = middle([each["seconds"] for each in runs]) | {"cpu": medians[figure]}
+        row = middle([each["seconds"] for each in runs]) | {"cpu_seconds": medians[figure]}
         name = figure.removeprefix("start: ").rpartition(", train_")[0]
         if name in PEERS and f"start: {name}" in taken:
             pairs = zip(taken[f"start: {name}"], runs, strict=True)
@@ -166,7 +166,7 @@ def light(report: Report, folder: Folder, repeats: int) -> None:
     }
     for figure, command in commands.items():
         seconds = middle([folder.cpu(command) for _ in range(repeats)])
-        report.add(figure, cpu=seconds["median"], lowest_cpu=seconds["lowest"], highest_cpu=seconds["highest"])
+        report.add(figure, cpu_seconds=seconds["median"], lowest_cpu=seconds["lowest"], highest_cpu=seconds["highest"])
 
 
 def imports(report: Report, folder: Folder, repeats: int) -> None:
@@ -178,14 +178,14 @@ def imports(report: Report, folder: Folder, repeats: int) -> None:
         ("import finetune.trainer", "import finetune.trainer"),
     ):
         seconds = middle([folder.cpu(["-c", code.format(statement)]) for _ in range(repeats)])
-        report.add(figure, cpu=seconds["median"], lowest_cpu=seconds["lowest"], highest_cpu=seconds["highest"])
+        report.add(figure, cpu_seconds=seconds["median"], lowest_cpu=seconds["lowest"], highest_cpu=seconds["highest"])
     timed = [sys.executable, "-X", "importtime", "-c", code.format("import finetune.trainer")]
     listed = subprocess.run(timed, env=folder.environment, capture_output=True, text=True, check=True).stderr
     own: Counter[str] = Counter()
     for micros, module in re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)$", listed, re.M):
         own[module.split(".")[0]] += int(micros)
     for package, micros in own.most_common(10):
-        report.add(f"imports: {package}", cpu=micros / 1e6, share=micros / own.total())
+        report.add(f"imports: {package}", cpu_seconds=micros / 1e6, share=micros / own.total())
 
 
 def main() -> None:

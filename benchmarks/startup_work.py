@@ -1,4 +1,4 @@
-"""The smallest work that starts whole: images with captions, a UNet's config, Stable Diffusion and XL of random weights.
+"""The smallest work that starts whole: images, captions, a UNet's config, Stable Diffusion and XL of random weights.
 
 Of a few thousand parameters, as the first step is to cost nothing beside the start.
 """
@@ -55,7 +55,7 @@ def _tokenizer() -> CLIPTokenizer:
 def _text_encoder(cls: type = CLIPTextModel) -> torch.nn.Module:
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "projection_dim": WIDTH, "num_attention_heads": 2}
     end = len(_tokenizer()) - 1
-    return cls(CLIPTextConfig(vocab_size=end + 1, num_hidden_layers=2, eos_token_id=end, **sizes))
+    return cls(CLIPTextConfig(vocab_size=end + 1, num_hidden_layers=2, bos_token_id=end - 1, eos_token_id=end, **sizes))
 
 
 def _frozen() -> dict[str, object]:
@@ -68,7 +68,8 @@ def _frozen() -> dict[str, object]:
         norm_num_groups=2,
         sample_size=SIDE,
     )
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    scheduler = DDIMScheduler(**noise, clip_sample=False)
     return {"vae": vae, "text_encoder": _text_encoder(), "tokenizer": _tokenizer(), "scheduler": scheduler}
 
 

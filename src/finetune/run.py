@@ -65,7 +65,7 @@ def train(
         if cfg.model.kind == "pretrained" and not is_single_file(cfg.model):  # which one process is to unpack
             cfg = resolve(cfg)
 
-        until_done.enter_context(_heavy_imports())  # only now, so that what cannot work is said at once
+        until_done.enter_context(heavy_imports())  # only now, so that what cannot work is said at once
         from finetune.export import without_loading_bars
         from finetune.trainer import Trainer
 
@@ -86,7 +86,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _heavy_imports() -> Iterator[None]:
+def heavy_imports() -> Iterator[None]:
     """Import what trains. Until the end, the garbage collector passes over the million objects that come with it.
 
     They stay as long as the process; going through them again and again while they come takes a quarter of the time
