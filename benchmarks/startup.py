@@ -8,7 +8,8 @@ start       seconds from the start of the process until its progress bar shows o
             models, in alternation. Both write TensorBoard's files; both load in the process that trains.
 light       CPU seconds of `--help`, of a mistake in the configuration, of what `accelerate launch` adds
 imports     CPU seconds of all that the trainer imports, and of diffusers' UNet2DModel alone, which comes with its
-            other models, peft, torchvision, scipy and transformers; the ten packages whose own code takes longest
+            other models, peft, torchvision, scipy and transformers; the same with Python's garbage collector at work,
+            which finetune.run lets rest meanwhile; the ten packages whose own code takes longest
 The models are made here, in a temporary folder. Everything is read once before it is timed.
 """
 
@@ -176,6 +177,7 @@ def imports(report: Report, folder: Folder, repeats: int) -> None:
         ("import torch", "import torch"),
         ("import diffusers' UNet2DModel", "from diffusers import UNet2DModel"),
         ("import finetune.trainer", "import finetune.trainer"),
+        ("import finetune.trainer, the collector at work", "gc.enable(); import finetune.trainer"),
     ):
         seconds = middle([folder.cpu(["-c", code.format(statement)]) for _ in range(repeats)])
         report.add(figure, cpu_seconds=seconds["median"], lowest_cpu=seconds["lowest"], highest_cpu=seconds["highest"])
@@ -200,7 +202,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Folder(Path(name))
         light(report, folder, asked.repeats)
-        imports(report, folder, asked.repeats)
+        imports(report, folder, min(3, asked.repeats))
         starts(report, folder, asked.repeats, checkout)
     report.finish(docs=asked.docs)
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 from PIL import Image
-from tiny_pipelines import pretrained  # noqa: F401
 
 import tiny
+import tiny_pipelines
 from finetune.config_io import dump
 
+pretrained = tiny_pipelines.pretrained
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "datasets", "accelerate", "matplotlib", "PIL", "peft", "pandas"}
 LIGHT = """
 import contextlib, io, json, sys
