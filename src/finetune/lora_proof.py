@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from finetune.config import TrainConfig
 from finetune.config_io import dump, load_text
 from finetune.errors import ConfigError, FinetuneError
+from finetune.lora import base_dtype, hold_base
 from finetune.lora_formats import NAME, adapter_of, adapters_of, read_adapters
 from finetune.lora_loading import inject
 from finetune.lora_names import check_kohya, has_cross_attention, is_sdxl
@@ -66,7 +67,7 @@ def prove(
         request = {
             "config": dump(cfg),
             "run": {"data": run.get("data", {}), "commits": run.get("commits", {})},
-            "dtypes": {part: _frozen_dtype(module) for part, module in modules.items()},
+            "dtypes": {part: str(base_dtype(module)).removeprefix("torch.") for part, module in modules.items()},
             "files": {str(folder / name): by for name, by in by_diffusers.items()},
             "out": out,
         }
@@ -139,12 +140,6 @@ def _text_output(encoder: nn.Module) -> Tensor:
     return encoder(ids[None], output_hidden_states=True).hidden_states[-1]
 
 
-def _frozen_dtype(module: nn.Module) -> str:
-    """The name of the dtype of the weights that are not trained."""
-    frozen = next(p for name, p in module.named_parameters() if ".lora_" not in name)
-    return str(frozen.dtype).removeprefix("torch.")
-
-
 def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The matrices of the LoRA, and the outputs with it."""
     tensors = {f"output.{part}": output for part, output in probe(modules).items()}
@@ -202,7 +197,8 @@ def _answer(request: Mapping[str, Any]) -> None:
         pipeline = base_pipeline(cfg, request["run"])
         modules = {part: getattr(pipeline, part) for part in request["dtypes"]}
         for part, dtype in request["dtypes"].items():  # rounded as the frozen weights were while training
-            modules[part].to(getattr(torch, dtype)).float()
+            hold_base(modules[part], getattr(torch, dtype))
+            modules[part].float()
         if by_diffusers:
             _load_by_diffusers(modules, Path(path))
         else:

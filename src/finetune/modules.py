@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetune.autoguidance import load_guide
 from finetune.conditioning import Conditioner, build_conditioner, text_encoders, texts_of
 from finetune.errors import ConfigError
-from finetune.lora import add_lora, add_text_lora, load_trained_state, trained_state
+from finetune.lora import add_lora, add_text_lora, hold_base, load_trained_state, trained_state
 from finetune.lora_formats import adapters_of, kohya_names_of
 from finetune.lora_loading import load_into
 from finetune.models import UNet, build_unet
@@ -141,6 +141,8 @@ def build_modules(
     objective.to(device)
     unet = build_unet(cfg, space, conditioner, seed=cfg.seed)
     choose_trained(cfg, unet, conditioner)
+    if cfg.lora is not None and cfg.lora.base_dtype != "float32":
+        hold_base(unet, getattr(torch, cfg.lora.base_dtype))  # before it is on the device, which may have no more room
     unet.to(device)
     weaker = cfg.sample.autoguidance
     guide = None if weaker is None else load_guide(weaker, unet, objective.scheduler)
