@@ -86,18 +86,26 @@ def prove(
 @torch.no_grad()
 def probe(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """What each module computes from fixed inputs, float32 on the CPU: the UNet [1, C, side, side], text encoders
-    [1, L, D]. In evaluation mode; a module in half precision is copied to float32 for it.
+    [1, L, D]. In evaluation mode; a module with weights in half precision is copied to float32 for it, on the CPU.
     """
     found = {}
     for part, module in modules.items():
         was_training, exact = module.training, module
         if any(p.dtype != torch.float32 for p in module.parameters()):
-            exact = copy.deepcopy(module).float()
+            exact = _in_float32(module)
         exact.eval()
         with _own_forward(exact), torch.compiler.set_stance("force_eager"):
             found[part] = (_unet_output(exact) if part == "unet" else _text_output(exact)).float().cpu()
         module.train(was_training)
     return found
+
+
+def _in_float32(module: nn.Module) -> nn.Module:
+    """A copy on the CPU: whoever holds half precision may have no room for float32 on the device."""
+    memo: dict[int, Tensor] = {id(buffer): buffer.detach().clone().cpu() for buffer in module.buffers()}
+    for p in module.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().cpu().float(), p.requires_grad)
+    return copy.deepcopy(module, memo)
 
 
 @contextlib.contextmanager

@@ -83,6 +83,13 @@ class Modules:
         return [self.space] * isinstance(self.space, LatentSpace) + texts_of(self.conditioner)
 
     @property
+    def resident(self) -> list[nn.Module]:
+        """The modules that stay on the device while training: not the frozen ones whose output is cached."""
+        here = [part for part in self.frozen if part.weights is None]
+        frozen = [part.vae if isinstance(part, LatentSpace) else part.text_encoder for part in here]
+        return list(dict.fromkeys([self.unet, *[self.guide] * (self.guide is not None), *frozen]))
+
+    @property
     def parameters_frozen(self) -> int:
         """Parameters of the VAE, and those of the text encoders that are not trained."""
         return self.space.parameters_frozen + self.conditioner.parameters_frozen
