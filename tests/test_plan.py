@@ -62,8 +62,7 @@ def test_a_resumed_run_says_so(trainer):
 
 @pytest.mark.parametrize("kind", ["adamw", "adafactor"])
 def test_projected_memory_is_what_is_held(tmp_path, kind):
-    sections = {"optimizer": {"kind": kind}, "output_dir": str(tmp_path), "train": {"max_train_steps": 9}}
-    trainer = Trainer(config(tmp_path / "run", **sections))
+    trainer = Trainer(config(tmp_path / "run", optimizer={"kind": kind}))
     meter = Meter(trainer.accelerator, trainer.modules.objective)
     trainer.optimizer.zero_grad = lambda: None
     trainer.train_step(iter(trainer.loader()), meter)

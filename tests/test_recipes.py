@@ -88,6 +88,7 @@ def small(name, pipeline, images, folder):
         --max_train_steps 2 --dataloader_num_workers 0 --sample.num_inference_steps 2 --num_images 2 --log_every 1
         --mixed_precision no --output_dir {folder / "run"}""".split()
     plain = recipe(name)
+    words += ["--lora.base_dtype", "float32"] if plain.lora else []  # with mixed_precision no
     words += ["--cache.folder", str(folder / "cache")] if plain.cache.text else []
     words += ["--validation.held_out", "0.3", "--max_images", "2"] if plain.validation.held_out else []
     if plain.prior:
