@@ -139,15 +139,20 @@ class Run:
         n = max(1, BATCH_PIXELS // (8 * side) ** 2)
         for text in self.encoders[1:]:
             text(torch.zeros(2 * n, 77, dtype=torch.long, device=self.device), output_hidden_states=True)
-        self.predict(*self.inputs(2 * n)[::2])
-        del self.encoders[1:], text  # see previews.decoding_alone
-        self.encoders[0].decode(torch.randn(n, 4, side, side, device=self.device))
+        with self.autocast():  # around all of it, as previews have it, so that the copies of weights stay
+            self.predict(*self.inputs(2 * n)[::2])
+            del self.encoders[1:], text  # see previews.decoding_alone
+            self.encoders[0].decode(torch.randn(n, 4, side, side, device=self.device))
 
     def predict(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The network under autocast, as Accelerate has it."""
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.case.precision)
-        with torch.autocast(self.device, half, enabled=half is not None, cache_enabled=self.case.weight_cache):
+        with self.autocast():
             return self.unet(x, **arguments).sample.float()
+
+    def autocast(self) -> torch.autocast:
+        """Of the precision of the case."""
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.case.precision)
+        return torch.autocast(self.device, half, enabled=half is not None, cache_enabled=self.case.weight_cache)
 
     def forward(self) -> Tensor:
         """The loss."""
@@ -215,7 +220,7 @@ def clip(width: int, layers: int, heads: int, **more: Any) -> Any:
 
 def peaks(run: Run, memory: Live | Gpu, frozen: list[Any], place: Callable[[nn.Module], Any]) -> dict[str, float]:
     """GiB: what lies there between steps, and the highest of each phase of a step. frozen: the VAE and text encoders,
-    on torch's meta device; place: gives one of them its weights on the device."""
+    elsewhere; place: puts one of them on the device."""
     found: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -254,9 +259,8 @@ def measured(case: Case) -> dict[str, float]:
     try:
         with torch.device("cuda"):
             unet = built(case)
-        with torch.device("meta"):
-            frozen = frozen_models(case.unet) if case.goal or not case.cached else []
-        return peaks(Run(case, unet, "cuda"), Gpu(), frozen, lambda module: module.to_empty(device="cuda"))
+        frozen = frozen_models(case.unet) if case.goal or not case.cached else []
+        return peaks(Run(case, unet, "cuda"), Gpu(), frozen, lambda module: module.to("cuda"))
     except torch.OutOfMemoryError:
         return {"peak": float("inf")}
     finally:
