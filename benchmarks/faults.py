@@ -56,15 +56,21 @@ def tiny(folder: Path, seed: int) -> Iterator[tuple[str, list[Trial]]]:
         points = range(len(operations) - 12 * (how != "at once"))
         for name in ("killed", "torn", "power"):
             some = [at for at in points if name != "torn" or operations[at].startswith("write")]
-            yield f"{WORDS[name]} at each durable operation of 7 saves {how}", [
-                lambda at=at, name=name, cfg=cfg: crash_points.dies(folder / f"{name} {at}", cfg, at, name)
-                for at in some
-            ]
+            yield (
+                f"{WORDS[name]} at each durable operation of 7 saves {how}",
+                [
+                    lambda at=at, name=name, cfg=cfg: crash_points.dies(folder / f"{name} {at}", cfg, at, name)
+                    for at in some
+                ],
+            )
         for error in (errno.ENOSPC, errno.EIO):
-            yield f"{WORDS[error]} at each durable operation of 7 saves {how}", [
-                lambda at=at, error=error, cfg=cfg: crash_points.fails(folder / f"{error} {at}", cfg, at, error)
-                for at in points
-            ]
+            yield (
+                f"{WORDS[error]} at each durable operation of 7 saves {how}",
+                [
+                    lambda at=at, error=error, cfg=cfg: crash_points.fails(folder / f"{error} {at}", cfg, at, error)
+                    for at in points
+                ],
+            )
 
 
 WORDS = {
@@ -81,16 +87,19 @@ def saving(folder: Path, seed: int) -> Iterator[tuple[str, list[Trial]]]:
     for how, asynchronous, kills, damages in (("at once", False, 100, 200), ("in the background", True, 50, 0)):
         reference = crash_points.Reference(folder / f"reference {how}", asynchronous=asynchronous)
         points = range(len(reference.operations) - 12 * asynchronous)
-        yield f"training killed at each durable operation of 7 saves {how}", [
-            lambda at=at, r=reference: r.crash(folder / f"crash {at}", at) for at in points
-        ]
-        yield f"training killed at a random moment, saves {how}", [
-            lambda n=n, r=reference: r.kill(folder / f"kill {n}", n) for n in range(seed, seed + kills)
-        ]
+        yield (
+            f"training killed at each durable operation of 7 saves {how}",
+            [lambda at=at, r=reference: r.crash(folder / f"crash {at}", at) for at in points],
+        )
+        yield (
+            f"training killed at a random moment, saves {how}",
+            [lambda n=n, r=reference: r.kill(folder / f"kill {n}", n) for n in range(seed, seed + kills)],
+        )
         if damages:
-            yield "newest checkpoint damaged at random, and given by its path: refused", [
-                lambda n=n, r=reference: r.damage(folder / f"damage {n}", n) for n in range(seed, seed + damages)
-            ]
+            yield (
+                "newest checkpoint damaged at random, and given by its path: refused",
+                [lambda n=n, r=reference: r.damage(folder / f"damage {n}", n) for n in range(seed, seed + damages)],
+            )
 
 
 def signals(folder: Path, seed: int) -> Iterator[tuple[str, list[Trial]]]:
@@ -99,9 +108,10 @@ def signals(folder: Path, seed: int) -> Iterator[tuple[str, list[Trial]]]:
     def trial(number: int) -> str | None:
         return "; ".join(signal_trials.trial(number, folder / f"signal {number}").problems) or None
 
-    yield "TERM, INT or USR1 at a random moment of any phase, to trainer, launcher or group", [
-        lambda n=n: trial(n) for n in range(seed, seed + 50)
-    ]
+    yield (
+        "TERM, INT or USR1 at a random moment of any phase, to trainer, launcher or group",
+        [lambda n=n: trial(n) for n in range(seed, seed + 50)],
+    )
 
 
 def measure(row: Row, trials: list[Trial], every: int) -> None:

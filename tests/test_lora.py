@@ -14,7 +14,8 @@ from finetune.config_io import dump, load, load_text
 from finetune.config_lora import Lora
 from finetune.errors import ConfigError
 from finetune.evaluate import load_subject
-from finetune.lora import add_lora, has_adapter, load_trained_state, merge, trained_state
+from finetune.lora import add_lora, base_dtype, has_adapter, hold_base, load_trained_state, merge, trained_state
+from finetune.meter import Meter
 from finetune.plan import adapter_line, checkpoints_line, model_line
 from finetune.sample import load_pipeline
 from finetune.trainer import Trainer
@@ -96,6 +97,38 @@ def test_a_layer_is_w_plus_s_b_a(parts, rslora):  # noqa: F811
     torch.testing.assert_close(whole_unet(**arguments).sample, expected, rtol=1e-4, atol=1e-5)
     assert not has_adapter(whole_unet) and whole_unet.state_dict().keys() == plain.state_dict().keys()
     assert has_adapter(unet) and not hasattr(whole_unet, "peft_config")
+
+
+def test_under_autocast_a_base_in_half_precision_computes_the_same_bits(parts):  # noqa: F811
+    unet, arguments = unet_of(parts, "unet2d_condition")
+    generator = torch.Generator().manual_seed(2)
+    for parameter in unet.parameters():  # new norms are ones and zeros, which bfloat16 has
+        parameter.data += torch.randn(parameter.shape, generator=generator) / 10
+    add_lora(unet, Lora(target="all"), seed=0)
+    trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        p.data += 0.1
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            output = unet(**arguments).sample
+        gradients = torch.autograd.grad(output.float().square().mean(), list(trained.values()))
+        return [output, *gradients]
+
+    exact = step()
+    hold_base(unet, torch.bfloat16)
+    assert unet.dtype == torch.float32 and base_dtype(unet) == torch.bfloat16
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    held = [p for p in unet.parameters() if p.dtype == torch.bfloat16]
+    assert sum(p.numel() for p in held) > 0.9 * sum(p.numel() for p in unet.parameters() if not p.requires_grad)
+    assert all(map(torch.equal, step(), exact))
+    for module in unet.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.to(torch.bfloat16)
+    assert not torch.equal(step()[0], exact[0]), "negative control"
+    with pytest.raises(ConfigError, match=r"lora\.base_dtype: float16 has no room for the weights of .*conv2"):
+        unet.mid_block.resnets[0].conv2.get_base_layer().weight.data[0, 0, 0, 0] = 1e5
+        hold_base(unet, torch.float16)
 
 
 def test_first_weights_are_a_function_of_the_seed(parts):  # noqa: F811
@@ -234,6 +267,36 @@ def test_killed_and_resumed_is_bit_equal(tmp_path, reference):
     assert run(cfg, stop=(5, signal.SIGKILL)) == [-signal.SIGKILL] and 5 <= last_step(cfg) < STEPS
     assert run(cfg) == [0], log(cfg)
     assert state(cfg, STEPS) == state(reference, STEPS)
+
+
+def test_with_a_base_in_half_precision_the_run_is_the_same_and_resumes(tmp_path):
+    def half(cfg):
+        trainer = Trainer(cfg)
+        assert base_dtype(trainer.modules.unet) == torch.bfloat16
+        trainer.fit()
+
+    train = {"mixed_precision": "bf16"}
+    exact = config(tmp_path / "float32", lora=LORA, train=train)
+    cfg = config(tmp_path / "bfloat16", lora={**LORA, "base_dtype": "bfloat16"}, train=train)
+    assert run(exact) == [0] and run(cfg, stop=(5, signal.SIGKILL), body=half) == [-signal.SIGKILL], log(cfg)
+    assert last_step(cfg) < STEPS and run(cfg, body=half) == [0], log(cfg)
+    assert state(cfg, STEPS) == state(exact, STEPS)
+    assert (tmp_path / "bfloat16" / "samples" / f"step-{STEPS:08d}.png").read_bytes() == (
+        tmp_path / "float32" / "samples" / f"step-{STEPS:08d}.png"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("lora", "precision", "message"),
+    [
+        ({}, "no", "bfloat16 is what autocast computes in with train.mixed_precision bf16, which is no: set it to"),
+        ({}, None, "which is unset"),
+        ({"use_dora": True}, "bf16", "use_dora measures the base weights in float32"),
+    ],
+)
+def test_a_base_in_half_precision_that_would_compute_something_else_is_refused(tmp_path, lora, precision, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, lora={"base_dtype": "bfloat16", **lora}, train={"mixed_precision": precision})
 
 
 def test_checkpoints_hold_the_adapter_alone(reference):

@@ -19,6 +19,7 @@ from finetune import cli, hub
 from finetune.config import TrainConfig
 from finetune.config_io import dump, load_text
 from finetune.errors import ConfigError, FinetuneError, NonFiniteError
+from finetune.lora import base_dtype, hold_base
 from finetune.lora_export import export_lora
 from finetune.lora_formats import adapters_of, write_diffusers
 from finetune.lora_metadata import tag_frequency
@@ -226,6 +227,17 @@ def test_where_a_lora_lies(run, tmp_path):
         (tmp_path / f"{name}.safetensors").touch()
     with pytest.raises(ConfigError, match="holds 2 .safetensors files"):
         lora_file(str(tmp_path), setting="x")
+
+
+def test_the_proof_rounds_the_base_as_the_training_did(model, tmp_path, monkeypatch):
+    run = Run(config(model, tmp_path / "run"), text=False)
+    hold_base(run.pipeline.unet, torch.bfloat16)
+    assert base_dtype(run.pipeline.unet) == torch.bfloat16
+    monkeypatch.setattr("finetune.lora_proof._ask", proof._answer)  # what the fresh process does, in this one
+    run.export()
+    monkeypatch.setattr("finetune.lora_proof.base_dtype", lambda _: torch.float32)
+    with pytest.raises(FinetuneError, match="the unet computes something else"):  # negative control
+        run.export()
 
 
 def test_a_failed_proof_leaves_the_earlier_export(run, monkeypatch):

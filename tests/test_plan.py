@@ -14,6 +14,7 @@ from finetune.plan import (
     classes_line,
     count,
     data_line,
+    memory_line,
     plan_text,
     push_line,
     snapshots_line,
@@ -57,6 +58,24 @@ def test_a_resumed_run_says_so(trainer):
     line = changed_line(Resumed(found, changed, "bit for bit"))
     assert line == "sample.num_images: 2 -> 3, tracking.log_every: 1 -> 5"
     assert changed_line(None) == "" and "changed" not in plan_text(trainer)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_projected_memory_is_what_is_held(tmp_path, kind):
+    trainer = Trainer(config(tmp_path / "run", optimizer={"kind": kind}))
+    meter = Meter(trainer.accelerator, trainer.modules.objective)
+    trainer.optimizer.zero_grad = lambda: None
+    trainer.train_step(iter(trainer.loader()), meter)
+    state = [each for values in trainer.optimizer.state.values() for each in values.values() if torch.is_tensor(each)]
+    averages = [tensor for average in trainer.ema.averages.values() for tensor in average.values()]
+    weights = list(trainer.parameters.values())
+    held = {"weights": weights, "gradients": [p.grad for p in weights], "optimizer": state, "averages": averages}
+    line = memory_line(trainer.modules, trainer.cfg)
+    for name, tensors in held.items():
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e9
+        assert float(re.search(rf"{name} ([\d.e-]+)", line)[1]) == pytest.approx(size, rel=0.02), name
+    half = memory_line(trainer.modules, trainer.cfg, sharded_over=2)
+    assert float(half.split()[0]) == pytest.approx(float(line.split()[0]) / 2, rel=0.02)
 
 
 def test_projected_size_is_the_size_that_is_written(trainer):

@@ -2,12 +2,17 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from finetune import sample
+from finetune.previews import decoding_alone
+from finetune.space import LatentSpace, PixelSpace
 from finetune.trainer import Trainer
 from forked import last_step, log, run
 from tiny import config
@@ -94,3 +99,27 @@ def test_what_the_failure_of_one_process_costs(tmp_path, error, codes):
         assert "no samples at step 1 (a process could not draw its share)" in log(cfg)
     else:
         assert names == [] and last_step(cfg) == 1 and "process 1 ended: ValueError: a bug" in log(cfg)
+
+
+@torch.no_grad()
+def test_text_encoders_are_away_while_the_vae_decodes():
+    done = []
+
+    class Text:
+        def put_aside(self):
+            done.append("away")
+
+        def load(self, why):
+            done.append("back")
+
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    vae.decoder.conv_out.register_forward_hook(lambda *_: done.append("decodes"))
+    space = LatentSpace(vae, size=8)
+    modules = SimpleNamespace(space=space, frozen=[space, Text()])
+    with decoding_alone(modules):
+        space.decode(torch.zeros(1, 4, 8, 8))
+    assert done == ["away", "decodes", "back"]
+    space.decode(torch.zeros(1, 4, 8, 8))
+    assert done[3:] == ["decodes"], "negative control"
+    with decoding_alone(SimpleNamespace(space=PixelSpace(channels=3, size=8), frozen=[])):
+        pass

@@ -3,6 +3,7 @@ train tiny pipelines of the same layout."""
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from forked import prove_in_a_fork
 pretrained = tiny_pipelines.pretrained
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "train"
+CARD = re.compile(r"^# \d+ GB: +(--[^\\\n]*(?:\\\n#[^\\\n]*)*)", re.M)
 
 
 def recipe(name, *options):
@@ -90,6 +92,7 @@ def small(name, pipeline, images, folder):
         --max_train_steps 2 --dataloader_num_workers 0 --sample.num_inference_steps 2 --num_images 2 --log_every 1
         --mixed_precision no --output_dir {folder / "run"}""".split()
     plain = recipe(name)
+    words += ["--lora.base_dtype", "float32"] if plain.lora else []  # with mixed_precision no
     words += ["--cache.folder", str(folder / "cache")] if plain.cache.text else []
     words += ["--validation.held_out", "0.3", "--max_images", "2"] if plain.validation.held_out else []
     if plain.prior:
@@ -129,3 +132,14 @@ def test_recipes_of_stable_diffusion_are_all_tested():
     heads = {name: (RECIPES / f"{name}.yaml").read_text().partition("output_dir:")[0] for name in STABLE}
     assert all("# memory: estimated: " in head and "# verified: " in head for head in heads.values())
     assert all("data/my_images" in head for head in heads.values())
+
+
+def test_what_a_recipe_says_to_fit_into_a_card_is_the_recipe_otherwise():
+    found = [(file.stem, options) for file in RECIPES.glob("*.yaml") for options in CARD.findall(file.read_text())]
+    assert "sd15_full" in dict(found)
+    for name, options in found:
+        plain, small = recipe(name), recipe(name, *options.replace("\\\n#", " ").split())
+        # Another kind of optimizer begins with its own defaults, not with the recipe's numbers.
+        for setting in ("learning_rate", "lr_scheduler", "lr_warmup_steps"):
+            assert getattr(small.optimizer, setting) == getattr(plain.optimizer, setting), (name, setting)
+        assert small.optimizer.kind != plain.optimizer.kind and not small.ema.use_ema

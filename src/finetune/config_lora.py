@@ -31,6 +31,9 @@ class Lora:
     """Rank-stabilised (Kalajdzievski 2023): the scale s is alpha / sqrt(rank), so that a higher rank learns as fast."""
     use_dora: bool = False
     """Weight-decomposed (Liu et al. 2024): besides, one magnitude per output channel is learned."""
+    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision in which the frozen weights of the UNet's linear and convolutional layers are held: that of
+    train.mixed_precision takes half the memory and trains bit for bit alike, as autocast rounds them in every step."""
 
     pretrained: str | None = None
     """Go on from this LoRA, of diffusers' or sd-scripts' naming: a .safetensors file, a folder or a Hub id. Its rank,
@@ -50,8 +53,22 @@ def lora_contradictions(cfg: TrainConfig, *, text: bool) -> Iterator[tuple[str, 
             yield "model.zero_init", "a LoRA beside weights that stay at zero learns nothing: use false"
         if cfg.ema.snapshot_every:
             yield "ema.snapshot_every", "`finetune ema` rebuilds whole UNets, not a LoRA: leave it unset"
+        yield from _base_contradictions(cfg.lora, cfg.train.mixed_precision)
     trains = cfg.train.train_text_encoder
     if trains and not text and cfg.model.kind != "pretrained":
         yield "train.train_text_encoder", f"conditioning.kind is {cfg.conditioning.kind}, which has none: use false"
     if cfg.optimizer.text_encoder_lr is not None and not trains:
         yield "optimizer.text_encoder_lr", "the text encoder is frozen: set train.train_text_encoder, or leave it unset"
+
+
+def _base_contradictions(lora: Lora, mixed_precision: str | None) -> Iterator[tuple[str, str]]:
+    if lora.base_dtype == "float32":
+        return
+    rounded = {"bfloat16": "bf16", "float16": "fp16"}[lora.base_dtype]
+    if mixed_precision != rounded:
+        yield "lora.base_dtype", (
+            f"{lora.base_dtype} is what autocast computes in with train.mixed_precision {rounded}, which is "
+            f"{mixed_precision or 'unset'}: set it to {rounded}, or leave base_dtype at float32"
+        )
+    if lora.use_dora:
+        yield "lora.base_dtype", "use_dora measures the base weights in float32: remove one of them"

@@ -5,6 +5,7 @@ All but adamw and adafactor need a package of their own, which is asked for befo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -40,6 +41,10 @@ class LearningRate:
     """What it is called in prose."""
     state_bytes: ClassVar[int]
     """Of its state, per trained parameter; rows, columns and block scales left out."""
+
+    def state_size(self, shape: tuple[int, ...]) -> int:
+        """Bytes of its state of a trained tensor of this shape, block scales left out."""
+        return self.state_bytes * math.prod(shape)
 
     def __post_init__(self) -> None:
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
@@ -117,6 +122,11 @@ class Adafactor(LearningRate):
     def state_bytes(self) -> int:
         """Of its state, per trained parameter; rows and columns left out."""
         return 0 if self.beta1 is None else 4
+
+    def state_size(self, shape: tuple[int, ...]) -> int:
+        """As of the others. Of a 3x3 convolution, rows and columns together are two thirds of its numbers."""
+        factored = math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1])) if len(shape) > 1 else math.prod(shape)
+        return 4 * factored + super().state_size(shape)
 
     @property
     def details(self) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,15 +113,31 @@ def verify(pipeline: DiffusionPipeline, folder: Path, *, same_kernels: bool) -> 
         _same_settings(component, pipeline.components[component], loaded.components[component])
     _same_settings("model_index.json", pipeline, loaded)
     for component, original in originals.items():
-        copies[component].to(original.device)
         if copies[component].dtype != original.dtype:  # diffusers loads half precision as float32
             copies[component].to(original.dtype)
         own_memory(copies[component])
         for mine, theirs in zip(original.parameters(), copies[component].parameters(), strict=True):
             theirs.requires_grad = mine.requires_grad  # torch.matmul looks at it, and then sums in another order
-    images, again = _draw(pipeline), _draw(loaded)
+    images = _draw(pipeline)
+    # Beside the state of the optimizer, a device may have no room for both.
+    devices = {component: next(original.parameters()).device for component, original in originals.items()}
+    _exchange(originals, copies, devices)
+    try:
+        again = _draw(loaded)
+    finally:
+        _exchange(copies, originals, devices)
     _demand(bool(np.isfinite(again).all()), "its samples are not finite")
     _demand(not same_kernels or np.array_equal(images, again), "its samples differ from those of the trained model")
+
+
+def _exchange(
+    away: Mapping[str, torch.nn.Module], here: Mapping[str, torch.nn.Module], devices: Mapping[str, torch.device]
+) -> None:
+    """Let the ones wait in the memory of the host and the others compute on the device."""
+    for module in away.values():
+        module.to("cpu")
+    for name, module in here.items():
+        module.to(devices[name])
 
 
 @contextmanager
@@ -217,6 +233,8 @@ def _draw(pipeline: DiffusionPipeline) -> np.ndarray:
     """Two images of two steps (one, if two do not divide the training steps, as ddim wants): [2, H, W, C]."""
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"batch_size": 2}
+    if vae := pipeline.components.get("vae"):
+        vae.enable_slicing()  # decodes one image at a time: large ones take gigabytes
     stock = (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusionInpaintPipeline)
     kinds = {"text"} if isinstance(pipeline, stock) else set()
     if isinstance(pipeline, StableDiffusionInpaintPipeline):
@@ -234,7 +252,10 @@ def _draw(pipeline: DiffusionPipeline) -> np.ndarray:
         options.pop("batch_size")  # a stock pipeline has no such argument
     steps = 1 if pipeline.scheduler.config.num_train_timesteps % 2 else 2
     generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    return pipeline(num_inference_steps=steps, generator=generator, output_type="np", **options).images
+    images = pipeline(num_inference_steps=steps, generator=generator, output_type="np", **options).images
+    if vae:
+        vae.disable_slicing()
+    return images
 
 
 def _demand(condition: bool, difference: str) -> None:

@@ -23,6 +23,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("conditioning.dropout_draws", "asked"),
     ("model.dropout", "asked"),
     ("lora.dropout", "asked"),
+    ("lora.base_dtype", "free"),  # the same numbers: see lora.hold_base
     ("objective.kind", "fixed"),
     ("objective.prediction_type", "fixed"),
     ("objective.*", "asked"),

@@ -79,6 +79,26 @@ def _inject(module: nn.Module, cfg: Lora, names: Sequence[str], *, dropout: floa
         assert parameter.dtype == torch.float32 or not parameter.requires_grad, name
 
 
+def hold_base(module: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the frozen weights of the linear and convolutional layers in `dtype`, in place; a LoRA stays as it is.
+
+    Autocast rounds them to it in every step anyway, so that nothing computed under it changes. Norms and embeddings,
+    which it leaves in float32, stay, and so does conv_in: diffusers takes the dtype of a model for that of its first
+    weight, and rounds inputs to it. Raises ConfigError for a weight that `dtype` has no room for.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, ADAPTABLE) and ".lora_" not in name and name.split(".")[0] != "conv_in":
+            layer.to(dtype)
+            if not all(bool(p.isfinite().all()) for p in layer.parameters(recurse=False)):
+                held = str(dtype).removeprefix("torch.")
+                raise ConfigError(f"lora.base_dtype: {held} has no room for the weights of {name}: use float32")
+
+
+def base_dtype(module: nn.Module) -> torch.dtype:
+    """The `dtype` of `hold_base`, or float32."""
+    return next((p.dtype for p in module.parameters() if p.dtype != torch.float32), torch.float32)
+
+
 def has_adapter(module: nn.Module) -> bool:
     """Whether a LoRA was put into the module."""
     return any(isinstance(layer, BaseTunerLayer) for layer in module.modules())

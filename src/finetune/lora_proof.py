@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from finetune.config import TrainConfig
 from finetune.config_io import dump, load_text
 from finetune.errors import ConfigError, FinetuneError
+from finetune.lora import base_dtype, hold_base
 from finetune.lora_formats import NAME, adapter_of, adapters_of, read_adapters
 from finetune.lora_loading import inject
 from finetune.lora_names import check_kohya, has_cross_attention, is_sdxl
@@ -66,7 +67,7 @@ def prove(
         request = {
             "config": dump(cfg),
             "run": {"data": run.get("data", {}), "commits": run.get("commits", {})},
-            "dtypes": {part: _frozen_dtype(module) for part, module in modules.items()},
+            "dtypes": {part: str(base_dtype(module)).removeprefix("torch.") for part, module in modules.items()},
             "files": {str(folder / name): by for name, by in by_diffusers.items()},
             "out": out,
         }
@@ -85,18 +86,26 @@ def prove(
 @torch.no_grad()
 def probe(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """What each module computes from fixed inputs, float32 on the CPU: the UNet [1, C, side, side], text encoders
-    [1, L, D]. In evaluation mode; a module in half precision is copied to float32 for it.
+    [1, L, D]. In evaluation mode; a module with weights in half precision is copied to float32 for it, on the CPU.
     """
     found = {}
     for part, module in modules.items():
         was_training, exact = module.training, module
         if any(p.dtype != torch.float32 for p in module.parameters()):
-            exact = copy.deepcopy(module).float()
+            exact = _in_float32(module)
         exact.eval()
         with _own_forward(exact), torch.compiler.set_stance("force_eager"):
             found[part] = (_unet_output(exact) if part == "unet" else _text_output(exact)).float().cpu()
         module.train(was_training)
     return found
+
+
+def _in_float32(module: nn.Module) -> nn.Module:
+    """A copy on the CPU: whoever holds half precision may have no room for float32 on the device."""
+    memo: dict[int, Tensor] = {id(buffer): buffer.detach().clone().cpu() for buffer in module.buffers()}
+    for p in module.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().cpu().float(), p.requires_grad)
+    return copy.deepcopy(module, memo)
 
 
 @contextlib.contextmanager
@@ -137,12 +146,6 @@ def _unet_output(unet: UNet) -> Tensor:
 def _text_output(encoder: nn.Module) -> Tensor:
     ids = torch.arange(encoder.config.max_position_embeddings, device=encoder.device) % encoder.config.vocab_size
     return encoder(ids[None], output_hidden_states=True).hidden_states[-1]
-
-
-def _frozen_dtype(module: nn.Module) -> str:
-    """The name of the dtype of the weights that are not trained."""
-    frozen = next(p for name, p in module.named_parameters() if ".lora_" not in name)
-    return str(frozen.dtype).removeprefix("torch.")
 
 
 def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -202,7 +205,8 @@ def _answer(request: Mapping[str, Any]) -> None:
         pipeline = base_pipeline(cfg, request["run"])
         modules = {part: getattr(pipeline, part) for part in request["dtypes"]}
         for part, dtype in request["dtypes"].items():  # rounded as the frozen weights were while training
-            modules[part].to(getattr(torch, dtype)).float()
+            hold_base(modules[part], getattr(torch, dtype))
+            modules[part].float()
         if by_diffusers:
             _load_by_diffusers(modules, Path(path))
         else:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetune.autoguidance import load_guide
 from finetune.conditioning import Conditioner, build_conditioner, text_encoders, texts_of
 from finetune.errors import ConfigError
-from finetune.lora import add_lora, add_text_lora, load_trained_state, trained_state
+from finetune.lora import add_lora, add_text_lora, hold_base, load_trained_state, trained_state
 from finetune.lora_formats import adapters_of, kohya_names_of
 from finetune.lora_loading import load_into
 from finetune.models import UNet, build_unet
@@ -83,6 +83,13 @@ class Modules:
         return [self.space] * isinstance(self.space, LatentSpace) + texts_of(self.conditioner)
 
     @property
+    def resident(self) -> list[nn.Module]:
+        """The modules that stay on the device while training: not the frozen ones whose output is cached."""
+        here = [part for part in self.frozen if part.weights is None]
+        frozen = [part.vae if isinstance(part, LatentSpace) else part.text_encoder for part in here]
+        return list(dict.fromkeys([self.unet, *[self.guide] * (self.guide is not None), *frozen]))
+
+    @property
     def parameters_frozen(self) -> int:
         """Parameters of the VAE, and those of the text encoders that are not trained."""
         return self.space.parameters_frozen + self.conditioner.parameters_frozen
@@ -141,6 +148,8 @@ def build_modules(
     objective.to(device)
     unet = build_unet(cfg, space, conditioner, seed=cfg.seed)
     choose_trained(cfg, unet, conditioner)
+    if cfg.lora is not None and cfg.lora.base_dtype != "float32":
+        hold_base(unet, getattr(torch, cfg.lora.base_dtype))  # before it is on the device, which may have no more room
     unet.to(device)
     weaker = cfg.sample.autoguidance
     guide = None if weaker is None else load_guide(weaker, unet, objective.scheduler)

@@ -20,7 +20,7 @@ MOST_SUBSETS = 4  # that the plan names
 
 
 def plan_text(trainer: Trainer) -> str:
-    """The plan of `trainer` as an aligned table of at most 21 lines."""
+    """The plan of `trainer` as an aligned table of at most 22 lines."""
     cfg, modules, processes = trainer.cfg, trainer.modules, trainer.accelerator.num_processes
     return table(
         {
@@ -41,6 +41,7 @@ def plan_text(trainer: Trainer) -> str:
             f"{trainer.steps * trainer.global_batch / len(trainer.data):.4g} epochs",
             "optimizer": optimizer_line(cfg),
             "averages": averages_line(cfg),
+            "memory": memory_line(modules, cfg, sharded_over=processes if trainer.accelerator.shards else 1),
             "device": f"{processes} x {trainer.accelerator.device.type}"
             f"{', the weights sharded over them (FSDP2)' * trainer.accelerator.shards}, network in "
             f"{trainer.accelerator.mixed_precision.replace('no', 'float32')}, seed {cfg.seed}",
@@ -242,13 +243,34 @@ def averages_line(cfg: TrainConfig) -> str:
     return f"{', '.join(parts)}; samples and export use the first"
 
 
+def optimizer_size(modules: Modules, cfg: TrainConfig) -> int:
+    """Bytes of the optimizer's state."""
+    return sum(cfg.optimizer.state_size(tuple(p.shape)) for p in modules.trained.values())
+
+
+def averages_size(modules: Modules, cfg: TrainConfig) -> int:
+    """Bytes of the averages."""
+    return 4 * (len(cfg.ema.averages) if cfg.ema.use_ema else 0) * count_of(modules.averaged)
+
+
+def memory_line(modules: Modules, cfg: TrainConfig, *, sharded_over: int = 1) -> str:
+    """What lies on each device whatever the batch; frozen models whose output is cached do not."""
+    sizes = {
+        "weights": sum(p.numel() * p.element_size() for module in modules.resident for p in module.parameters()),
+        "gradients": 4 * count_of(modules.trained),
+        "optimizer": optimizer_size(modules, cfg),
+        "averages": averages_size(modules, cfg),
+    }
+    total = sum(sizes.values()) / sharded_over / 1e9
+    parts = ", ".join(f"{name} {size / sharded_over / 1e9:,.3g}" for name, size in sizes.items() if size)
+    return f"{total:,.3g} GB on each device ({parts}), and activations on top"
+
+
 def checkpoints_line(modules: Modules, cfg: TrainConfig) -> str:
     """How often, how many, and the space on the disk they will take: weights, state of the optimizer, averages."""
     parts = modules.states().values()
     weights = sum(tensor.numel() * tensor.element_size() for tensors in parts for tensor in tensors.values())
-    averages = len(cfg.ema.averages) if cfg.ema.use_ema else 0
-    trained = cfg.optimizer.state_bytes * count_of(modules.trained)
-    size = (weights + trained + 4 * averages * count_of(modules.averaged)) / 1e6
+    size = (weights + optimizer_size(modules, cfg) + averages_size(modules, cfg)) / 1e6
     kept = cfg.checkpoint.checkpoints_total_limit
     # One more than are kept: the oldest goes only when the newest is whole.
     return (
