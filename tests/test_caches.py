@@ -19,7 +19,7 @@ from finetune.cached import latent_keys
 from finetune.caches import fill_caches
 from finetune.data import open_data
 from finetune.errors import DataError, ProcessError
-from finetune.images import decode, prepare, strict_pillow
+from finetune.images import decode, normalised, prepare, strict_pillow
 from finetune.modules import build_modules
 from finetune.processes import build_accelerator
 from finetune.seeding import PositionRandom
@@ -148,18 +148,20 @@ def check_batches(trainer: Trainer) -> int:
         batch = next(loader)
         assert batch.pixel_values is None
         for i, (row, position) in enumerate(zip(batch.rows.tolist(), batch.positions.tolist(), strict=True)):
-            epoch, expected = order.place(position)
-            assert row == expected
+            epoch, due = order.place(position)
+            assert row == due
             with strict_pillow():
                 image = decode(plain.image_bytes(row), plain.rules).image
             shape = {"shape": plain.shape(row)}
             made = prepare(image, plain.rules, seed=plain.seed, epoch=epoch % 2, row=row, **shape)
             assert batch.captions[i] in plain.captions(row)
             assert batch.time_ids[i].tolist() == list(made.time_ids)
-            torch.testing.assert_close(batch.moments[i], vae.moments(made.pixels[None])[0], rtol=0, atol=1e-5)
+            expected = vae.moments(normalised(made.pixels)[None])[0]
+            torch.testing.assert_close(batch.moments[i], expected, rtol=0, atol=1e-5)
             other = prepare(image, plain.rules, seed=plain.seed, epoch=(epoch + 1) % 2, row=row, **shape)
             if other.time_ids != made.time_ids:  # negative control: the other variant is another latent
-                assert not torch.allclose(batch.moments[i], vae.moments(other.pixels[None])[0], rtol=0, atol=1e-3)
+                another = vae.moments(normalised(other.pixels)[None])[0]
+                assert not torch.allclose(batch.moments[i], another, rtol=0, atol=1e-3)
                 seen += 1
     return seen
 

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from finetune.batching import loader_processes
+from finetune.batching import loader_processes, stacked
 from finetune.cache_store import Records, Shelf, Writer, open_shelf
 from finetune.cached import VERSION, CachedLatents, CachedTexts, latent_keys, text_keys, usable_rows
 from finetune.conditioning import texts_of
@@ -24,7 +24,7 @@ from finetune.datacheck import IMAGE_DIGEST
 from finetune.durable import need_space
 from finetune.errors import ConfigError, DataError
 from finetune.frozen import home
-from finetune.images import BadRow, Prepared, decode, prepare, strict_pillow
+from finetune.images import BadRow, Prepared, decode, normalised, prepare, strict_pillow
 from finetune.processes import Processes, largest
 from finetune.text_conditions import ENCODER_BATCH, Text
 
@@ -212,7 +212,7 @@ def make_latents(
                     raise DataError(next(problem for _, problem in made if isinstance(problem, str)))
                 if not good:
                     continue
-                pixels = torch.stack([picture.pixels for _, picture in good])
+                pixels = normalised(stacked([picture.pixels for _, picture in good]))
                 pixels = torch.cat([pixels, pixels[:1].expand(size - len(good), -1, -1, -1)])
                 moments = space.moments(pixels.to(space.weights.device)).to(getattr(torch, dtype)).cpu()[: len(good)]
                 for (index, picture), record in zip(good, moments, strict=True):

@@ -109,7 +109,7 @@ class ClassLabel(Single):
                 f"class labels must lie in 0..{self.num_classes - 1} (conditioning.num_classes {self.num_classes}), "
                 f"got {int(labels.min())}..{int(labels.max())}: correct the labels, or raise conditioning.num_classes"
             )
-        return {"class_labels": labels.to(self.device)}
+        return {"class_labels": labels.to(self.device, non_blocking=True)}
 
     def condition(self, wanted: Sequence[int]) -> Condition:
         """{"class_labels": [n] int64}. Raises ConfigError for a label that is no class."""
@@ -215,9 +215,9 @@ class Inpaint(Single):
 
     def condition(self, wanted: tuple[Tensor, Tensor]) -> Condition:
         """Of images [n, C, H, W] in [-1, 1] and masks [n, 1, H, W]."""
-        images, masks = wanted
-        latents = self.space.encode((images * (masks < 0.5)).to(self.space.vae.device))
-        small = F.interpolate(masks.to(latents.device), latents.shape[-2:])
+        images, masks = (each.to(self.space.vae.device) for each in wanted)
+        latents = self.space.encode(images * (masks < 0.5))
+        small = F.interpolate(masks, latents.shape[-2:])
         return {"inpaint": torch.cat([small, latents], dim=1)}
 
     def unconditional(self, n: int) -> Condition:

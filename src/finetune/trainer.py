@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from finetune import tracking
-from finetune.batching import Batch, make_loader
+from finetune.batching import Batch, make_loader, on_device
 from finetune.caches import fill_caches
 from finetune.class_images import with_class_images
 from finetune.config import TrainConfig
@@ -144,7 +144,7 @@ class Trainer:
             self.saver,
             Watchdog(timeout, lambda: whereabouts(self)) as watchdog,
             contextlib.closing(tracker),
-            contextlib.closing(patiently(self.loader(), timeout)) as loaded,
+            contextlib.closing(on_device(patiently(self.loader(), timeout), self.accelerator.device)) as loaded,
             self._progress() as bar,
         ):
             if self.validation and (self._due(cfg.validation.every) or self.validation.ends):
