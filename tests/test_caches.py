@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from finetune import caches
 from finetune.batching import collate
 from finetune.cached import latent_keys
 from finetune.caches import fill_caches
@@ -195,6 +196,28 @@ def probe(cfg):
     trainer.fit()
 
 
+def test_records_are_bit_for_bit_those_of_a_plain_loop(make, in_buckets, monkeypatch):
+    """Whatever is overlapped: batches of one shape in the order of the rows, filled up with their first picture."""
+    monkeypatch.setattr(caches, "encode_batch", lambda resolution: 5)
+    cfg = make(dtype="float16", text=False, data=in_buckets)
+    accelerator, plain = build_accelerator(cfg), open_data(cfg, progress=False)
+    modules = build_modules(cfg, plain, accelerator.device, global_batch=4)
+    plain = plain.in_buckets(modules.side_multiple)
+    data, _ = fill_caches(cfg, plain, modules, accelerator)
+    alike, others = {}, 0
+    for row, variant in latent_keys(plain)[0].tolist():
+        alike.setdefault(plain.shape(row), []).append((row, variant))
+    for same in alike.values():
+        for start in range(0, len(same), 5):
+            batch = same[start : start + 5]
+            pixels = [normalised(plain.samples([row], [variant])[0].pixels) for row, variant in batch]
+            moments = modules.space.moments(torch.stack(pixels + pixels[:1] * (5 - len(batch)))).half()
+            for (row, variant), record in zip(batch, moments, strict=False):
+                assert torch.equal(data.samples([row], [variant])[0].moments, record)
+                assert not torch.equal(data.samples([row], [1 - variant])[0].moments, record), "negative control"
+    assert len(alike) == 3 and any(len(same) % 5 for same in alike.values())
+
+
 def test_two_processes_make_and_read_them(make):
     cfg = make(train={"max_train_steps": 6})
     assert run(cfg, processes=2, body=probe) == [0, 0]
@@ -338,8 +361,6 @@ def test_a_process_that_cannot_make_its_share_ends_the_others(make, images, tmp_
     shutil.copytree(images, own)
 
     def spoilt(cfg):
-        from finetune import caches
-
         keys_of = caches.latent_keys
 
         def after_the_check(data):
@@ -379,7 +400,7 @@ def test_latents_that_are_not_finite_are_refused_with_their_row(make, monkeypatc
 
 
 def test_a_killed_build_keeps_what_was_finished(make, monkeypatch):
-    from finetune import cache_store, caches
+    from finetune import cache_store
 
     monkeypatch.setattr(cache_store, "SHARD_BYTES", 4 * 2 * 4 * 4 * 4 * 4)  # of four records
     monkeypatch.setattr(caches, "encode_batch", lambda resolution: 4)
