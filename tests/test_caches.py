@@ -23,6 +23,7 @@ from finetune.errors import DataError, ProcessError
 from finetune.images import decode, normalised, prepare, strict_pillow
 from finetune.modules import build_modules
 from finetune.processes import build_accelerator
+from finetune.rows import Rows
 from finetune.seeding import PositionRandom
 from finetune.space import build_space
 from finetune.trainer import Trainer
@@ -167,8 +168,27 @@ def check_batches(trainer: Trainer) -> int:
     return seen
 
 
-def test_each_latent_comes_with_its_own_caption_and_crop(make):
+def test_each_latent_comes_with_its_own_caption_and_crop(make, monkeypatch):
+    read, texts = [], Rows.texts
+    monkeypatch.setattr(Rows, "texts", lambda self, numbers: read.append(len(numbers)) or texts(self, numbers))
     assert check_batches(Trainer(make(train={"max_train_steps": 9}))) > 5
+    assert read == [12], "once, for what the plan says of them and for their embeddings"
+
+
+def test_no_image_is_read_for_its_latents(make, images):
+    frames = [{"bytes": file.read_bytes(), "path": file.name} for file in sorted(images.glob("*.png"))]
+    dataset = Dataset.from_dict({"image": frames, "text": [f"a {i}" for i in range(12)]})
+    cfg = make(text=False)
+    cfg = replace(cfg, data=replace(cfg.data, train_data_dir=None))
+    plain = open_data(cfg, dataset=dataset, progress=False)
+    accelerator = build_accelerator(cfg)
+    modules = build_modules(cfg, plain, accelerator.device, global_batch=4)
+    data, _ = fill_caches(cfg, plain, modules, accelerator)
+    for light, row in zip(data.latents.table.read(range(12)), data.table.read(range(12)), strict=True):
+        assert row.content and light == replace(row, content=None) and light.path == row.path
+    assert "image" not in data.latents.table.dataset[[3]] and "image" in data.table.dataset[[3]]
+    captions = [[sample.caption for sample in each.samples(range(12), [0] * 12)] for each in (plain, data)]
+    assert captions[0] == captions[1] == [f"a {i}" for i in range(12)]
 
 
 @pytest.fixture
@@ -214,7 +234,8 @@ def test_records_are_bit_for_bit_those_of_a_plain_loop(make, in_buckets, monkeyp
             moments = modules.space.moments(torch.stack(pixels + pixels[:1] * (5 - len(batch)))).half()
             for (row, variant), record in zip(batch, moments, strict=False):
                 assert torch.equal(data.samples([row], [variant])[0].moments, record)
-                assert not torch.equal(data.samples([row], [1 - variant])[0].moments, record), "negative control"
+                others += not torch.equal(data.samples([row], [1 - variant])[0].moments, record)
+    assert others > 9, "negative control: the other variant"
     assert len(alike) == 3 and any(len(same) % 5 for same in alike.values())
 
 

@@ -67,9 +67,12 @@ def cache_folder(folder: str | None) -> Path:
     return Path(folder).expanduser() if folder is not None else home() / "cache"
 
 
-def fill_caches(cfg: TrainConfig, data: TrainData, modules: Modules, accelerator: Processes) -> tuple[TrainData, str]:
+def fill_caches(
+    cfg: TrainConfig, data: TrainData, modules: Modules, accelerator: Processes, captions: set[str] | None = None
+) -> tuple[TrainData, str]:
     """Make what cfg.cache asks for and is not there yet; the data then read it, and so do the text conditions.
 
+    captions: all different ones of the data's own rows, if they have been read.
     To be called by all processes. Returns the data and what was done, in words. Raises DataError for an image whose
     latents cannot be made or kept, and ConfigError for weights that cannot be read.
     """
@@ -83,10 +86,12 @@ def fill_caches(cfg: TrainConfig, data: TrainData, modules: Modules, accelerator
             f"cache.text: {cfg.data.dataset_config} shuffles or drops tags, so that every epoch has new captions and "
             "no embedding would be used twice: remove shuffle_caption and caption_tag_dropout_rate there, or cache.text"
         )
-    measured = [data] if data.held_out is None else [data, data.held_out]
-    captions = sorted(set().union(*(each.table.texts(usable_rows(each)) for each in measured))) if texts else []
+    found: set[str] = set()
+    if texts:
+        found |= data.table.texts(usable_rows(data)) if captions is None else captions
+        found |= set() if data.held_out is None else data.held_out.table.texts(usable_rows(data.held_out))
     for part in texts:
-        lines.append(_with_texts(cfg, part, list(dict.fromkeys(["", *captions])), accelerator))
+        lines.append(_with_texts(cfg, part, list(dict.fromkeys(["", *sorted(found)])), accelerator))
     for part in modules.frozen:
         part.put_aside()
     return data, "; ".join(lines)
@@ -104,7 +109,8 @@ def _with_latents(
     filled = _filled("latents", folder, keys, make, accelerator)
     by_row = np.full((len(data.images), data.rules.variants or 1, 2), -1, np.int32)
     by_row[places[:, 0], places[:, 1]] = filled.places
-    return replace(data, latents=CachedLatents(Records(filled.shelf.shards), by_row)), filled.line("latents")
+    latents = CachedLatents(Records(filled.shelf.shards), by_row, data.table.without_images())
+    return replace(data, latents=latents), filled.line("latents")
 
 
 def _with_texts(cfg: TrainConfig, part: Text, texts: list[str], accelerator: Processes) -> str:

@@ -100,8 +100,8 @@ class Trainer:
         self.modules = build_modules(
             cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
         )
-        self.data = with_token_facts(self.data.in_buckets(self.modules.side_multiple), self.modules.conditioner)
-        self.data, self.cached = fill_caches(cfg, self.data, self.modules, self.accelerator)
+        data, texts = with_token_facts(self.data.in_buckets(self.modules.side_multiple), self.modules.conditioner)
+        self.data, self.cached = fill_caches(cfg, data, self.modules, self.accelerator, texts)
         self.steps = cfg.train.max_train_steps or self.data.steps(
             cfg.train.num_train_epochs, global_batch=self.global_batch
         )
