@@ -139,7 +139,8 @@ def table(report: Report, rounds: int) -> None:
     Image.fromarray(np.random.RandomState(0).randint(0, 256, (512, 512, 3), np.uint8)).save(file, "JPEG")
     cells = [{"bytes": file.getvalue(), "path": None}] * 256
     dataset = Dataset.from_dict({"image": cells, "text": [f"picture {number}" for number in range(256)]})
-    rows = rows_of(Source(name="pictures", dataset=dataset, folders=None, problems=[]), Data(), captions=True, labels=False)
+    source = Source(name="pictures", dataset=dataset, folders=None, problems=[])
+    rows = rows_of(source, Data(resolution=512), captions=True, labels=False)
     for name, each in (("with its images", rows), ("for cached latents", rows.without_images())):
         draws = [np.random.RandomState(turn).permutation(256)[:BATCH].tolist() for turn in range(20 * rounds)]
         each.read(draws[0])
