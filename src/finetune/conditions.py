@@ -109,7 +109,7 @@ class ClassLabel(Single):
                 f"class labels must lie in 0..{self.num_classes - 1} (conditioning.num_classes {self.num_classes}), "
                 f"got {int(labels.min())}..{int(labels.max())}: correct the labels, or raise conditioning.num_classes"
             )
-        return {"class_labels": labels.to(self.device, non_blocking=True)}
+        return {"class_labels": labels.to(self.device)}
 
     def condition(self, wanted: Sequence[int]) -> Condition:
         """{"class_labels": [n] int64}. Raises ConfigError for a label that is no class."""
@@ -193,8 +193,9 @@ class Inpaint(Single):
 
     def of(self, batch: Batch, random: PositionRandom | None = None) -> Condition:
         """Of rectangles drawn for the batch; without `random`, of the middle of each image."""
-        sides = batch.pixel_values.shape[-2:]
-        return self.condition((batch.pixel_values, self.masks(len(batch), sides, random)))
+        images = batch.pixel_values
+        masks = self.masks(len(batch), images.shape[-2:], random).to(images.device, non_blocking=True)
+        return self.condition((images, masks))
 
     def masks(self, n: int, sides: tuple[int, int], random: PositionRandom | None = None) -> Tensor:
         """[n, 1, H, W] float32 of 0 and 1: rectangles of a quarter of each side or more, or all; or the middle half."""
@@ -215,9 +216,9 @@ class Inpaint(Single):
 
     def condition(self, wanted: tuple[Tensor, Tensor]) -> Condition:
         """Of images [n, C, H, W] in [-1, 1] and masks [n, 1, H, W]."""
-        images, masks = (each.to(self.space.vae.device) for each in wanted)
-        latents = self.space.encode(images * (masks < 0.5))
-        small = F.interpolate(masks, latents.shape[-2:])
+        images, masks = wanted
+        latents = self.space.encode((images * (masks < 0.5)).to(self.space.vae.device))
+        small = F.interpolate(masks.to(latents.device), latents.shape[-2:])
         return {"inpaint": torch.cat([small, latents], dim=1)}
 
     def unconditional(self, n: int) -> Condition:
