@@ -1,11 +1,13 @@
 """The order of samples and the loader: what is drawn depends on the position in the run, and on nothing else."""
 
+import hashlib
 import io
 import itertools
 import multiprocessing
 import os
 import random
 import signal
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -15,10 +17,19 @@ from datasets import Dataset
 from PIL import Image
 
 import finetune.batching
-from finetune.batching import EndlessSampler, TrainDataset, collate, default_workers, make_loader
+from finetune.batching import (
+    EndlessSampler,
+    TrainDataset,
+    collate,
+    default_workers,
+    make_loader,
+    on_device,
+    one_ahead,
+)
 from finetune.config import TrainConfig
 from finetune.data import open_data
 from finetune.errors import DataError, ProcessError
+from finetune.images import normalised
 from finetune.order import RowOrder
 from finetune.watchdog import patiently
 
@@ -107,7 +118,7 @@ def test_batches_hold_what_belongs_to_their_rows(data):
         for row, caption in zip(batch.rows.tolist(), batch.captions, strict=True):
             assert caption in (f"one {row}", f"two {row}")
     dataset = TrainDataset(data)
-    assert torch.equal(collate([dataset[(7, 0, 3)]]).pixel_values[0], data.samples([3], [0])[0].pixels)
+    assert torch.equal(collate([dataset[(7, 0, 3)]]).pixels[0], data.samples([3], [0])[0].pixels)
 
 
 def test_a_row_looks_different_in_another_epoch(data):
@@ -188,3 +199,112 @@ def test_default_workers():
     assert default_workers(processes=1, on_gpu=False) == 0
     assert default_workers(processes=1, on_gpu=True) == max(0, min(8, cores - 1))
     assert default_workers(processes=cores, on_gpu=True) == 0 == default_workers(processes=10 * cores, on_gpu=True)
+
+
+# -- bytes to the device -----------------------------------------------------------------------------------------------
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"))
+SHAPES = ((40, 24), (24, 40), (33, 33), (90, 20), (70, 66))
+FORMER = {  # BLAKE2 of what batches showed when samples were float32 from the decoder on
+    "rgb": "9dead4f0a0991ab3",
+    "grey": "d83447cd0e1c0c72",
+    "deep": "97ddc0304d6c890e",
+    "mixed": "ab9352314b2059be",
+    "iddpm": "523abbf858a952c7",
+    "buckets": "1e1be5f64580a986",
+    "mask": "9df276ef9b85b539",
+    "low_res": "c501a5f40acc1abc",
+}
+
+
+def noise(size, kind: str, seed: int) -> Image.Image:
+    draw = np.random.RandomState(seed)
+    if kind == "deep":
+        return Image.fromarray(draw.randint(0, 65536, size[::-1]).astype(np.uint16))
+    return Image.fromarray(draw.randint(0, 256, (*size[::-1], len(kind)), np.uint8).squeeze(), kind)
+
+
+def stored(image: Image.Image) -> dict:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def shown(name: str) -> list:
+    """Five batches of nine images, of five shapes, prepared in one of the ways of FORMER."""
+    kinds = {"grey": "L", "deep": "deep", "mask": "RGBA"}
+    images = [noise(SHAPES[i % 5], kinds.get(name, "RGB"), i) for i in range(9)]
+    rules, conditioning, columns = {"random_flip": True}, {"kind": "none"}, {}
+    if name == "grey":
+        rules |= {"channels": 1}
+    elif name == "deep":
+        rules |= {"image_interpolation_mode": "lanczos"}
+    elif name == "mixed":
+        images[1], images[4] = (noise(SHAPES[i], "deep", i) for i in (1, 4))
+    elif name == "iddpm":
+        rules |= {"preparation": "iddpm"}
+    elif name == "buckets":
+        rules |= {"buckets": "auto", "max_aspect_ratio": 10}
+    elif name == "mask":
+        rules |= {"alpha_mask": True}
+    elif name == "low_res":
+        rules |= {"low_res_column": "small", "min_side": 4}
+        conditioning = {"kind": "low_res", "factor": 2}
+        columns["small"] = [stored(image.resize((16, 16))) for image in images]
+        images = [image.resize((32, 32)) for image in images]
+    cfg = TrainConfig(output_dir="x", data={"resolution": 16, "min_side": 8, **rules}, conditioning=conditioning)
+    dataset = Dataset.from_dict({"image": [stored(image) for image in images], **columns})
+    data = open_data(cfg, dataset=dataset, progress=False).in_buckets(4)
+    layout = {"rank": 0, "world_size": 1, "accumulation": 1, "micro_batch": 4}
+    return list(itertools.islice(make_loader(data, cfg, start=0, pin_memory=False, **layout), 5))
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_what_is_shown_is_bit_for_bit_what_it_was_as_float32(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", tmp_path)
+    found = hashlib.blake2b(digest_size=8)
+    for batch in shown(name):
+        for tensor in (batch.pixel_values, batch.low_res, batch.mask):
+            found.update(b"" if tensor is None else tensor.numpy().tobytes())
+        eight_bit = batch.pixels.dtype == torch.uint8 and (batch.small is None or batch.small.dtype == torch.uint8)
+        assert batch.pixel_values.dtype == torch.float32 and (eight_bit or name in ("deep", "mixed"))
+    assert found.hexdigest() == FORMER[name]
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_every_byte_is_normalised_alike_on_every_device(device):
+    levels = torch.arange(256, dtype=torch.uint8)
+    expected = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
+    assert (normalised(levels.to(device)).cpu().numpy() == expected).all()
+    by_inverse = np.arange(256, dtype=np.float32) * np.float32(1 / 127.5) - np.float32(1)
+    assert (by_inverse != expected).any(), "negative control: what CUDA makes of a division by a number"
+    assert normalised(floats := torch.rand(3)) is floats
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_batches_come_to_the_device_in_their_order_and_the_loader_is_closed(data, device):
+    layout = {"rank": 0, "world_size": 1, "accumulation": 1, "micro_batch": 4, "pin_memory": device == "cuda"}
+    loader = patiently(make_loader(data, config(dataloader_num_workers=0), start=0, **layout), 60)
+    moved = on_device(loader, torch.device(device))
+    for one, other in zip(batches(data, 7), itertools.islice(moved, 7), strict=True):
+        assert other.pixels.device.type == device and other.positions.device.type == "cpu"
+        assert same(one, replace(other, pixels=other.pixels.cpu()))
+    moved.close()
+    assert next(loader, None) is None
+
+
+def test_one_is_read_ahead_and_its_error_comes_in_its_turn():
+    read = []
+
+    def items():
+        for number in (1, 2, 3):
+            read.append(number)
+            yield number
+        raise DataError("the fourth")
+
+    ahead = one_ahead(items())
+    assert next(ahead) == 1 and read == [1, 2]
+    assert [next(ahead), next(ahead)] == [2, 3]  # the step that takes the third is not lost
+    with pytest.raises(DataError, match="the fourth"):
+        next(ahead)
+    assert list(one_ahead(iter([5, 6]))) == [5, 6]

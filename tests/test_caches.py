@@ -14,14 +14,16 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from finetune import caches
 from finetune.batching import collate
 from finetune.cached import latent_keys
 from finetune.caches import fill_caches
 from finetune.data import open_data
 from finetune.errors import DataError, ProcessError
-from finetune.images import decode, prepare, strict_pillow
+from finetune.images import decode, normalised, prepare, strict_pillow
 from finetune.modules import build_modules
 from finetune.processes import build_accelerator
+from finetune.rows import Rows
 from finetune.seeding import PositionRandom
 from finetune.space import build_space
 from finetune.trainer import Trainer
@@ -148,24 +150,45 @@ def check_batches(trainer: Trainer) -> int:
         batch = next(loader)
         assert batch.pixel_values is None
         for i, (row, position) in enumerate(zip(batch.rows.tolist(), batch.positions.tolist(), strict=True)):
-            epoch, expected = order.place(position)
-            assert row == expected
+            epoch, due = order.place(position)
+            assert row == due
             with strict_pillow():
                 image = decode(plain.image_bytes(row), plain.rules).image
             shape = {"shape": plain.shape(row)}
             made = prepare(image, plain.rules, seed=plain.seed, epoch=epoch % 2, row=row, **shape)
             assert batch.captions[i] in plain.captions(row)
             assert batch.time_ids[i].tolist() == list(made.time_ids)
-            torch.testing.assert_close(batch.moments[i], vae.moments(made.pixels[None])[0], rtol=0, atol=1e-5)
+            expected = vae.moments(normalised(made.pixels)[None])[0]
+            torch.testing.assert_close(batch.moments[i], expected, rtol=0, atol=1e-5)
             other = prepare(image, plain.rules, seed=plain.seed, epoch=(epoch + 1) % 2, row=row, **shape)
             if other.time_ids != made.time_ids:  # negative control: the other variant is another latent
-                assert not torch.allclose(batch.moments[i], vae.moments(other.pixels[None])[0], rtol=0, atol=1e-3)
+                another = vae.moments(normalised(other.pixels)[None])[0]
+                assert not torch.allclose(batch.moments[i], another, rtol=0, atol=1e-3)
                 seen += 1
     return seen
 
 
-def test_each_latent_comes_with_its_own_caption_and_crop(make):
+def test_each_latent_comes_with_its_own_caption_and_crop(make, monkeypatch):
+    read, texts = [], Rows.texts
+    monkeypatch.setattr(Rows, "texts", lambda self, numbers: read.append(len(numbers)) or texts(self, numbers))
     assert check_batches(Trainer(make(train={"max_train_steps": 9}))) > 5
+    assert read == [12], "once, for what the plan says of them and for their embeddings"
+
+
+def test_no_image_is_read_for_its_latents(make, images):
+    frames = [{"bytes": file.read_bytes(), "path": file.name} for file in sorted(images.glob("*.png"))]
+    dataset = Dataset.from_dict({"image": frames, "text": [f"a {i}" for i in range(12)]})
+    cfg = make(text=False)
+    cfg = replace(cfg, data=replace(cfg.data, train_data_dir=None))
+    plain = open_data(cfg, dataset=dataset, progress=False)
+    accelerator = build_accelerator(cfg)
+    modules = build_modules(cfg, plain, accelerator.device, global_batch=4)
+    data, _ = fill_caches(cfg, plain, modules, accelerator)
+    for light, row in zip(data.latents.table.read(range(12)), data.table.read(range(12)), strict=True):
+        assert row.content and light == replace(row, content=None) and light.path == row.path
+    assert "image" not in data.latents.table.dataset[[3]] and "image" in data.table.dataset[[3]]
+    captions = [[sample.caption for sample in each.samples(range(12), [0] * 12)] for each in (plain, data)]
+    assert captions[0] == captions[1] == [f"a {i}" for i in range(12)]
 
 
 @pytest.fixture
@@ -191,6 +214,29 @@ def probe(cfg):
     print("checked", check_batches(trainer), trainer.cached)
     print("shapes", sorted({trainer.data.shape(int(row)) for row in trainer.data.rows}))
     trainer.fit()
+
+
+def test_records_are_bit_for_bit_those_of_a_plain_loop(make, in_buckets, monkeypatch):
+    """Whatever is overlapped: batches of one shape in the order of the rows, filled up with their first picture."""
+    monkeypatch.setattr(caches, "encode_batch", lambda resolution: 5)
+    cfg = make(dtype="float16", text=False, data=in_buckets)
+    accelerator, plain = build_accelerator(cfg), open_data(cfg, progress=False)
+    modules = build_modules(cfg, plain, accelerator.device, global_batch=4)
+    plain = plain.in_buckets(modules.side_multiple)
+    data, _ = fill_caches(cfg, plain, modules, accelerator)
+    alike, others = {}, 0
+    for row, variant in latent_keys(plain)[0].tolist():
+        alike.setdefault(plain.shape(row), []).append((row, variant))
+    for same in alike.values():
+        for start in range(0, len(same), 5):
+            batch = same[start : start + 5]
+            pixels = [normalised(plain.samples([row], [variant])[0].pixels) for row, variant in batch]
+            moments = modules.space.moments(torch.stack(pixels + pixels[:1] * (5 - len(batch)))).half()
+            for (row, variant), record in zip(batch, moments, strict=False):
+                assert torch.equal(data.samples([row], [variant])[0].moments, record)
+                others += not torch.equal(data.samples([row], [1 - variant])[0].moments, record)
+    assert others > 9, "negative control: the other variant"
+    assert len(alike) == 3 and any(len(same) % 5 for same in alike.values())
 
 
 def test_two_processes_make_and_read_them(make):
@@ -336,8 +382,6 @@ def test_a_process_that_cannot_make_its_share_ends_the_others(make, images, tmp_
     shutil.copytree(images, own)
 
     def spoilt(cfg):
-        from finetune import caches
-
         keys_of = caches.latent_keys
 
         def after_the_check(data):
@@ -377,7 +421,7 @@ def test_latents_that_are_not_finite_are_refused_with_their_row(make, monkeypatc
 
 
 def test_a_killed_build_keeps_what_was_finished(make, monkeypatch):
-    from finetune import cache_store, caches
+    from finetune import cache_store
 
     monkeypatch.setattr(cache_store, "SHARD_BYTES", 4 * 2 * 4 * 4 * 4 * 4)  # of four records
     monkeypatch.setattr(caches, "encode_batch", lambda resolution: 4)

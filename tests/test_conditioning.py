@@ -80,7 +80,7 @@ def batch_of_labels(positions, labels):
     from finetune.batching import Batch
 
     pixels = torch.zeros(len(positions), 1, 1, 1)
-    return Batch(pixel_values=pixels, captions=None, class_labels=labels, rows=positions, positions=positions)
+    return Batch(pixels=pixels, captions=None, class_labels=labels, rows=positions, positions=positions)
 
 
 @pytest.mark.parametrize("cls", [PooledText, TextSequence])

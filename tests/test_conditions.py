@@ -139,7 +139,7 @@ def test_the_small_image_is_that_of_improved_diffusion():
     golden = {name: torch.as_tensor(array) for name, array in arrays("iddpm_data").items()}
     large = torch.stack([golden[f"out_{i}"] for i in sorted({k[4:] for k in golden if k.startswith("out_")})])
     data = batch(range(3))
-    low_res = LowRes(channels=3, side=4).of(replaced(data, pixel_values=large), None)
+    low_res = LowRes(channels=3, side=4).of(replaced(data, pixels=large), None)
     compare("iddpm_data", "low_res_area_4", low_res["low_res"], rtol=0)
     seen = []
 
@@ -166,13 +166,13 @@ def replaced(data, **fields):
 
 
 def test_noise_augmentation_has_its_level_and_belongs_to_the_position():
-    data = replaced(batch(range(400)), pixel_values=torch.zeros(400, 3, 16, 16))
+    data = replaced(batch(range(400)), pixels=torch.zeros(400, 3, 16, 16))
     part = LowRes(channels=3, side=8, noise_augmentation=0.4)
     noisy = part.of(data, PositionRandom(1, data.positions))["low_res"]
     stds = noisy.flatten(1).std(1)
     levels = PositionRandom(1, data.positions).uniform("low_res_noise_level") * 0.4
     assert (stds - levels).abs().max() < 0.06 and abs(float(stds.mean()) - 0.2) < 0.02
-    again = part.of(replaced(data, pixel_values=torch.zeros(5, 3, 16, 16)), PositionRandom(1, data.positions[9:14]))
+    again = part.of(replaced(data, pixels=torch.zeros(5, 3, 16, 16)), PositionRandom(1, data.positions[9:14]))
     assert torch.equal(again["low_res"], noisy[9:14])
     assert not LowRes(channels=3, side=8).of(data, PositionRandom(1, data.positions))["low_res"].any()
 
@@ -246,7 +246,7 @@ def test_each_condition_of_several_matters(parts, kinds, space_kind):  # noqa: F
 def test_what_dropout_trains_is_what_sampling_calls_unconditional(parts, kinds):  # noqa: F811
     _, conditioner = made(parts, kinds, rates=dict.fromkeys(kinds, 1.0))
     data = replaced(
-        batch(range(2), captions=list(PROMPTS), class_labels=[0, 2]), time_ids=torch.ones(2, 6), low_res=None
+        batch(range(2), captions=list(PROMPTS), class_labels=[0, 2]), time_ids=torch.ones(2, 6), small=None
     )
     trained = conditioner(data, PositionRandom(0, data.positions))
     null = conditioner.unconditional(2)

@@ -19,6 +19,7 @@ from finetune.batching import make_loader
 from finetune.config import Data, TrainConfig
 from finetune.data import TrainData, open_data
 from finetune.errors import DataError
+from finetune.images import normalised
 from finetune.rows import rows_of
 from finetune.sources import Source
 from finetune.trainer import Trainer
@@ -77,7 +78,7 @@ def test_what_is_good_looks_right_and_is_trained_on_with_skip(kind, tmp_path):
     assert sorted(paths(data)) == sorted([*corpus.good, *corpus.twice])
     for path, sample in zip(paths(data), data.samples(data.rows, [0] * len(data)), strict=True):
         shown, difference = corpus.good[path]
-        levels = (sample.pixels.numpy().transpose(1, 2, 0) + 1) * 127.5
+        levels = (normalised(sample.pixels).numpy().transpose(1, 2, 0) + 1) * 127.5
         assert np.abs(levels - shown).max() <= difference + 1e-4, path
         assert abs(levels.mean() - np.mean(shown)) <= 0.01 * 255, path
         assert sample.caption is None or sample.caption == f"about {Path(path).stem}"

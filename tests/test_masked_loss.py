@@ -17,7 +17,7 @@ from finetune.batching import first_batch
 from finetune.config import Data
 from finetune.data import open_data
 from finetune.errors import DataError
-from finetune.images import BadRow, decode, mask_of, prepare, strict_pillow
+from finetune.images import BadRow, decode, mask_of, normalised, prepare, strict_pillow
 from finetune.objective import build_objective
 from finetune.seeding import PositionRandom
 from finetune.trainer import Trainer
@@ -71,7 +71,7 @@ def test_a_mask_is_cut_and_mirrored_with_its_image(tmp_path, alpha, preparation)
     for epoch in range(3):
         for sample in data.samples(data.rows, [epoch] * len(data)):
             assert sample.mask.shape == (1, 16, 16) and 0 <= sample.mask.min() and sample.mask.max() <= 1
-            red = (sample.pixels[:1] + 1) / 2
+            red = (normalised(sample.pixels[:1]) + 1) / 2
             torch.testing.assert_close(sample.mask, red, atol=2e-3 if alpha else 0, rtol=0)
             apart.append(not torch.equal(red, red.flip(2)) and not torch.allclose(red, red.flip(2), atol=2e-3))
     assert sum(apart) > 20, "negative control: the masks are not symmetric, so that a wrong place would be seen"

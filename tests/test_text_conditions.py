@@ -120,8 +120,9 @@ def test_how_many_are_cut_is_counted_once(caplog):
     cfg = config("text")
     data = open_data(cfg, dataset=dataset, progress=False)
     text = PooledText(*encoder("<|endoftext|>"))
-    known = with_token_facts(data, assembled({"pooled_text": text}))
+    known, texts = with_token_facts(data, assembled({"pooled_text": text}))
     facts = known.facts["captions"]
+    assert texts == set(captions)
     assert (facts["texts"], facts["truncated"], facts["tokens"]) == (5, 3, {"limit": 77, "longest": 154})
     line = captions_line(known.facts, cfg)
     assert line == "3 of 5 different captions are cut to 77 tokens, the longest has 154"
@@ -129,6 +130,6 @@ def test_how_many_are_cut_is_counted_once(caplog):
     assert captions_line(known.facts, by_cross_attention) == f"{line}; raise conditioning.chunks"
     assert "truncated" not in data.facts["captions"] and captions_line(data.facts, cfg) == "" and not caplog.records
     long = TextSequence(*encoder("<|endoftext|>"), chunks=3)
-    assert with_token_facts(data, assembled({"text": long})).facts["captions"]["truncated"] == 0
-    assert with_token_facts(data, assembled({})) is data
+    assert with_token_facts(data, assembled({"text": long}))[0].facts["captions"]["truncated"] == 0
+    assert with_token_facts(data, assembled({})) == (data, None)
     assert np.array_equal(known.rows, data.rows)

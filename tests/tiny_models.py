@@ -128,4 +128,4 @@ def batch(positions, captions=None, class_labels=None) -> Batch:
     positions = torch.as_tensor(positions)
     pixels = PositionRandom(0, positions).normal("test pixels", (3, 16, 16)).clamp(-1, 1)
     labels = None if class_labels is None else torch.as_tensor(class_labels)
-    return Batch(pixel_values=pixels, captions=captions, class_labels=labels, rows=positions, positions=positions)
+    return Batch(pixels=pixels, captions=captions, class_labels=labels, rows=positions, positions=positions)

@@ -14,19 +14,24 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetune.config import TrainConfig
 from finetune.data import TrainData
+from finetune.images import normalised
 from finetune.order import Order
 from finetune.samples import Replaced, Sample
 from finetune.watchdog import LOADER_POLL
 
+Item = TypeVar("Item")
 Place = tuple[int, int, int]  # position in the run, epoch, row
+HOST = ("rows", "positions", "class_labels")  # what of a batch is not moved onto the device
 IMPORTS = ["finetune.batching"]  # what each loader process needs, and so pays for once
 
 
@@ -34,8 +39,9 @@ IMPORTS = ["finetune.batching"]  # what each loader process needs, and so pays f
 class Batch:
     """One micro-batch of one process."""
 
-    pixel_values: torch.Tensor | None
-    """[B, channels, height, width] float32 in [-1, 1]; None with cached latents."""
+    pixels: torch.Tensor | None
+    """[B, channels, height, width] uint8, or float32 in [-1, 1] if an image has more than 8 bits; None with cached
+    latents."""
     captions: list[str] | None
     class_labels: torch.Tensor | None
     """[B] int64."""
@@ -45,8 +51,8 @@ class Batch:
     """[B] int64: position of the sample in the run."""
     time_ids: torch.Tensor | None = None
     """[B, 6] float32, SDXL's sizes in pixels: see `images.Prepared`."""
-    low_res: torch.Tensor | None = None
-    """[B, channels, side, side] float32 in [-1, 1]: the small images of data.low_res_column."""
+    small: torch.Tensor | None = None
+    """[B, channels, side, side], as `pixels`: the small images of data.low_res_column."""
     moments: torch.Tensor | None = None
     """[B, 2c, h, w] float16 or float32, of the VAE's posterior, with cached latents: `space.LatentSpace.moments`."""
     mask: torch.Tensor | None = None
@@ -59,10 +65,33 @@ class Batch:
     def __len__(self) -> int:
         return len(self.positions)
 
+    @cached_property
+    def pixel_values(self) -> torch.Tensor | None:
+        """[B, channels, height, width] float32 in [-1, 1], where `pixels` are; None with cached latents."""
+        return None if self.pixels is None else normalised(self.pixels)
+
+    @cached_property
+    def low_res(self) -> torch.Tensor | None:
+        """[B, channels, side, side] float32 in [-1, 1], where `small` is."""
+        return None if self.small is None else normalised(self.small)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; called by the DataLoader."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`, without waiting for the copy if it is in page-locked memory.
+
+        Rows, positions and class labels stay: the host reads them in every step, and would have to wait for them.
+        """
+        moved = {name: tensor for name, tensor in self.tensors.items() if name not in HOST}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in moved.items()})
 
 
 class TrainDataset(Dataset):
@@ -116,18 +145,24 @@ def collate(samples: list[tuple[Place, Sample]]) -> Batch:
     captions = [sample.caption for sample in made]
     labels = [sample.label for sample in made]
     return Batch(
-        pixel_values=None if made[0].pixels is None else torch.stack([sample.pixels for sample in made]),
+        pixels=None if made[0].pixels is None else stacked([sample.pixels for sample in made]),
         captions=None if captions[0] is None else captions,
         class_labels=None if labels[0] is None else torch.tensor(labels),
         rows=torch.tensor([sample.row for sample in made]),
         positions=torch.tensor([position for position, _, _ in places]),
         time_ids=torch.tensor([sample.time_ids for sample in made], dtype=torch.float32),
-        low_res=None if made[0].low_res is None else torch.stack([sample.low_res for sample in made]),
+        small=None if made[0].low_res is None else stacked([sample.low_res for sample in made]),
         moments=None if made[0].moments is None else torch.stack([sample.moments for sample in made]),
         mask=None if made[0].mask is None else torch.stack([sample.mask for sample in made]),
         loss_weight=None if made[0].loss_weight is None else torch.tensor([sample.loss_weight for sample in made]),
         replaced=tuple(sample.replaced for sample in made if sample.replaced),
     )
+
+
+def stacked(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Prepared images of one shape in a tensor: normalised if they are not all of 8 bits, or not all of more."""
+    alike = len({image.dtype for image in images}) == 1
+    return torch.stack([image if alike else normalised(image) for image in images])
 
 
 def first_batch(data: TrainData, n: int) -> Batch:
@@ -180,6 +215,50 @@ def make_loader(
         timeout=LOADER_POLL if how["num_workers"] else 0,
         **how,
     )
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on `device`, in the same order; closing it closes `batches`.
+
+    On a GPU the next one is copied, on a stream of its own, while the step that takes this one computes.
+    """
+    with closing(batches):
+        if device.type != "cuda":
+            yield from (batch.to(device) for batch in batches)
+            return
+        for batch, copied in one_ahead(_being_copied(batches, device)):
+            user = torch.cuda.current_stream(device)
+            user.wait_event(copied)
+            for tensor in batch.tensors.values():
+                if tensor.is_cuda:
+                    tensor.record_stream(user)  # else the next copy is given its memory while it is still being read
+            yield batch
+
+
+def _being_copied(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, torch.cuda.Event]]:
+    """Each batch as it will be on the device, and the event of its being there."""
+    stream = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            moved = batch.to(device)
+        yield moved, stream.record_event()
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each read before the one in front of it is given.
+
+    What goes wrong with the one ahead is raised when it is asked for: who never asks for it, never hears of it.
+    """
+    ahead = next(items, None)
+    while ahead is not None:
+        now, failed = ahead, None
+        try:
+            ahead = next(items, None)
+        except Exception as error:  # whatever the data or a loader process raises
+            failed = error
+        yield now
+        if failed is not None:
+            raise failed
 
 
 def loader_processes(cfg: TrainConfig, *, processes: int, on_gpu: bool) -> dict[str, Any]:

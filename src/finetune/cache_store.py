@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import secrets
 import time
@@ -245,7 +246,7 @@ def _head(file: int, path: Path, size: int) -> tuple[Shard, np.ndarray, np.ndarr
 
 def _record(file: int, shard: Shard, index: int) -> tuple[np.ndarray, tuple[int, ...]]:
     dtype = np.dtype(shard.dtype)
-    size = dtype.itemsize * int(np.prod(shard.shape))
+    size = dtype.itemsize * math.prod(shard.shape)
     data_at, sizes_at, checksums_at = shard.starts
     data = _bytes(file, size, data_at + index * size)
     sizes = _bytes(file, 4 * shard.numbers, sizes_at + 4 * shard.numbers * index)

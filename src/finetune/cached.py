@@ -17,6 +17,7 @@ from finetune.seeding import key
 
 if TYPE_CHECKING:
     from finetune.data import TrainData
+    from finetune.rows import Rows
 
 VERSION = 1  # of how pixels and texts become records; raise it with a change of either
 
@@ -28,6 +29,8 @@ class CachedLatents:
     records: Records
     places: np.ndarray
     """[rows found, variants, 2] int32: shard, and number within it; -1 for a row that could not be read."""
+    table: Rows
+    """What else there is of a row, without its image."""
 
     def read(self, row: int, epoch: int) -> tuple[Tensor, tuple[int, ...]]:
         """Mean and log-variance of the row in that epoch, [2c, h, w] as stored, and its time_ids: `images.Prepared`.

@@ -6,17 +6,19 @@ import hashlib
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from finetune.batching import loader_processes
+from finetune.batching import loader_processes, stacked
 from finetune.cache_store import Records, Shelf, Writer, open_shelf
 from finetune.cached import VERSION, CachedLatents, CachedTexts, latent_keys, text_keys, usable_rows
 from finetune.conditioning import texts_of
@@ -24,7 +26,7 @@ from finetune.datacheck import IMAGE_DIGEST
 from finetune.durable import need_space
 from finetune.errors import ConfigError, DataError
 from finetune.frozen import home
-from finetune.images import BadRow, Prepared, decode, prepare, strict_pillow
+from finetune.images import BadRow, Prepared, decode, normalised, prepare, strict_pillow
 from finetune.processes import Processes, largest
 from finetune.text_conditions import ENCODER_BATCH, Text
 
@@ -32,10 +34,12 @@ if TYPE_CHECKING:
     from finetune.config import TrainConfig
     from finetune.data import TrainData
     from finetune.modules import Modules
+    from finetune.rows import Row
     from finetune.space import LatentSpace
 
 log = logging.getLogger(__name__)
 BATCH_PIXELS = 1 << 19  # encoded at a time, always in batches of one shape: 8 images of 256 pixels, 2 of 512
+BATCHES_BEHIND = 8  # that are encoded before the oldest of them is written
 PLAN_LINE = "{kind}: {reused:,} reused, {made:,} made, {megabytes:,.1f} MB"
 
 
@@ -63,9 +67,12 @@ def cache_folder(folder: str | None) -> Path:
     return Path(folder).expanduser() if folder is not None else home() / "cache"
 
 
-def fill_caches(cfg: TrainConfig, data: TrainData, modules: Modules, accelerator: Processes) -> tuple[TrainData, str]:
+def fill_caches(
+    cfg: TrainConfig, data: TrainData, modules: Modules, accelerator: Processes, captions: set[str] | None = None
+) -> tuple[TrainData, str]:
     """Make what cfg.cache asks for and is not there yet; the data then read it, and so do the text conditions.
 
+    captions: all different ones of the data's own rows, if they have been read.
     To be called by all processes. Returns the data and what was done, in words. Raises DataError for an image whose
     latents cannot be made or kept, and ConfigError for weights that cannot be read.
     """
@@ -79,10 +86,12 @@ def fill_caches(cfg: TrainConfig, data: TrainData, modules: Modules, accelerator
             f"cache.text: {cfg.data.dataset_config} shuffles or drops tags, so that every epoch has new captions and "
             "no embedding would be used twice: remove shuffle_caption and caption_tag_dropout_rate there, or cache.text"
         )
-    measured = [data] if data.held_out is None else [data, data.held_out]
-    captions = sorted(set().union(*(each.table.texts(usable_rows(each)) for each in measured))) if texts else []
+    found: set[str] = set()
+    if texts:
+        found |= data.table.texts(usable_rows(data)) if captions is None else captions
+        found |= set() if data.held_out is None else data.held_out.table.texts(usable_rows(data.held_out))
     for part in texts:
-        lines.append(_with_texts(cfg, part, list(dict.fromkeys(["", *captions])), accelerator))
+        lines.append(_with_texts(cfg, part, list(dict.fromkeys(["", *sorted(found)])), accelerator))
     for part in modules.frozen:
         part.put_aside()
     return data, "; ".join(lines)
@@ -100,7 +109,8 @@ def _with_latents(
     filled = _filled("latents", folder, keys, make, accelerator)
     by_row = np.full((len(data.images), data.rules.variants or 1, 2), -1, np.int32)
     by_row[places[:, 0], places[:, 1]] = filled.places
-    return replace(data, latents=CachedLatents(Records(filled.shelf.shards), by_row)), filled.line("latents")
+    latents = CachedLatents(Records(filled.shelf.shards), by_row, data.table.without_images())
+    return replace(data, latents=latents), filled.line("latents")
 
 
 def _with_texts(cfg: TrainConfig, part: Text, texts: list[str], accelerator: Processes) -> str:
@@ -162,25 +172,48 @@ def _found(folder: Path, keys: np.ndarray, accelerator: Processes) -> tuple[Shel
 # -- latents ----------------------------------------------------------------------------------------------------------
 
 
+class _Made(NamedTuple):
+    """Prepared pictures of one shape."""
+
+    indices: list[int]
+    pixels: torch.Tensor | None
+    """[n, channels, height, width], see `images.Prepared`; None if no picture could be made."""
+    time_ids: list[tuple[int, ...]]
+    problems: list[str]
+    """Of each row without a picture, its name and what is wrong with it."""
+
+
 class _Pictures(Dataset):
     """The prepared pixels of rows and variants, or what is wrong with the row."""
 
     def __init__(self, data: TrainData, places: np.ndarray) -> None:
         self.data, self.places = data, places
 
-    def __getitem__(self, index: int) -> tuple[int, Prepared | str]:
-        data, (number, variant) = self.data, self.places[index].tolist()
-        [row] = data.table.read([number])
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, Prepared | str]]:
+        """Pictures that are read together."""
+        rows = self.data.table.read(self.places[indices, 0])
+        variants = self.places[indices, 1].tolist()
+        with strict_pillow():
+            return [(i, self._made(row, variant)) for i, row, variant in zip(indices, rows, variants, strict=True)]
+
+    def _made(self, row: Row, variant: int) -> Prepared | str:
+        data, number = self.data, row.number
         try:
             content = data.table.image_bytes(row)
             if hashlib.blake2b(content).digest()[:IMAGE_DIGEST] != data.images[number].tobytes():
                 raise BadRow("was changed since it was checked: start again")
-            with strict_pillow():
-                image = decode(content, data.rules).image
+            image = decode(content, data.rules).image
             place = {"seed": data.seed, "epoch": variant, "row": number}
-            return index, prepare(image, data.rules, **place, shape=data.shape(number))
+            return prepare(image, data.rules, **place, shape=data.shape(number))
         except BadRow as problem:
-            return index, f"{data.table.name(row)} {problem}"
+            return f"{data.table.name(row)} {problem}"
+
+
+def _together(found: Sequence[tuple[int, Prepared | str]]) -> _Made:
+    good = {index: picture for index, picture in found if isinstance(picture, Prepared)}
+    pixels = stacked([picture.pixels for picture in good.values()]) if good else None
+    problems = [problem for _, problem in found if isinstance(problem, str)]
+    return _Made(list(good), pixels, [picture.time_ids for picture in good.values()], problems)
 
 
 def encode_batch(resolution: int) -> int:
@@ -193,32 +226,45 @@ def make_latents(
 ) -> None:
     """Encode these rows and variants, [n, 2], and write them to `folder` under `keys`. Raises DataError.
 
-    Held in memory: one batch of images, and at most a shard of records.
+    Held in memory: as many batches of images as are loaded ahead, and at most a shard of records. Records are written
+    in a thread, some batches behind what is encoded.
     """
     if not len(places):
         return
-    size, dtype = encode_batch(cfg.data.resolution), cfg.cache.stored_dtype
+    size, dtype, device = encode_batch(cfg.data.resolution), cfg.cache.stored_dtype, torch.device(space.weights.device)
     _need_space(folder, len(places) * 2 * space.channels * space.size**2 * np.dtype(dtype).itemsize)
     batches = _of_one_shape([data.shape(int(row)) for row in places[:, 0]], size)
-    on_gpu = torch.device(space.weights.device).type == "cuda"
+    on_gpu = device.type == "cuda"
     how = loader_processes(cfg, on_gpu=on_gpu, processes=1)
-    loader = DataLoader(_Pictures(data, places), batch_sampler=batches, collate_fn=list, pin_memory=False, **how)
-    with tqdm(total=len(places), desc="cache latents", unit="image", delay=2, disable=None) as bar:
-        with Writer(folder, dtype=dtype) as writer:
-            for made in loader:
-                bar.update(len(made))
-                good = [(index, picture) for index, picture in made if isinstance(picture, Prepared)]
-                if len(good) < len(made) and cfg.data.on_error == "error":
-                    raise DataError(next(problem for _, problem in made if isinstance(problem, str)))
-                if not good:
-                    continue
-                pixels = torch.stack([picture.pixels for _, picture in good])
-                pixels = torch.cat([pixels, pixels[:1].expand(size - len(good), -1, -1, -1)])
-                moments = space.moments(pixels.to(space.weights.device)).to(getattr(torch, dtype)).cpu()[: len(good)]
-                for (index, picture), record in zip(good, moments, strict=True):
-                    if not record.isfinite().all():
-                        raise DataError(_not_finite(data.name(int(places[index, 0])), cfg.space.vae, dtype))
-                    writer.add(keys[index], record.numpy(), picture.time_ids)
+    loader = DataLoader(_Pictures(data, places), batch_sampler=batches, collate_fn=_together, pin_memory=on_gpu, **how)
+    waiting: deque[Future[None]] = deque()
+
+    def keep(made: _Made, moments: torch.Tensor, finite: torch.Tensor) -> None:
+        if not all(good := finite.tolist()):
+            row = int(places[made.indices[good.index(False)], 0])
+            raise DataError(_not_finite(data.name(row), cfg.space.vae, dtype))
+        for index, record, time_ids in zip(made.indices, moments.cpu().numpy(), made.time_ids, strict=True):
+            writer.add(keys[index], record, time_ids)
+
+    with (
+        tqdm(total=len(places), desc="cache latents", unit="image", delay=2, disable=None) as bar,
+        Writer(folder, dtype=dtype) as writer,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        for made in loader:
+            bar.update(len(made.indices) + len(made.problems))
+            if made.problems and cfg.data.on_error == "error":
+                raise DataError(made.problems[0])
+            if made.pixels is None:
+                continue
+            pixels = normalised(made.pixels.to(device, non_blocking=True))
+            filled = torch.cat([pixels, pixels[:1].expand(size - len(pixels), -1, -1, -1)])
+            moments = space.moments(filled).to(getattr(torch, dtype))[: len(pixels)]
+            waiting.append(thread.submit(keep, made, moments, moments.isfinite().flatten(1).all(1)))
+            while len(waiting) > BATCHES_BEHIND:
+                waiting.popleft().result()
+        while waiting:
+            waiting.popleft().result()
 
 
 def _of_one_shape(shapes: Sequence[tuple[int, int]], size: int) -> list[list[int]]:

@@ -33,6 +33,10 @@ class TwoTables:
         found = (next(first if number < n else second) for number in numbers)
         return [replace(row, number=int(number)) for row, number in zip(found, numbers, strict=True)]
 
+    def without_images(self) -> TwoTables:
+        """See `Rows`."""
+        return TwoTables(first=self.first.without_images(), second=self.second.without_images())
+
     def _parted(self, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
         """The numbers of the first table's rows and, as it counts them, of the second's."""
         n = len(self.first)

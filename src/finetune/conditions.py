@@ -193,8 +193,9 @@ class Inpaint(Single):
 
     def of(self, batch: Batch, random: PositionRandom | None = None) -> Condition:
         """Of rectangles drawn for the batch; without `random`, of the middle of each image."""
-        sides = batch.pixel_values.shape[-2:]
-        return self.condition((batch.pixel_values, self.masks(len(batch), sides, random)))
+        images = batch.pixel_values
+        masks = self.masks(len(batch), images.shape[-2:], random).to(images.device, non_blocking=True)
+        return self.condition((images, masks))
 
     def masks(self, n: int, sides: tuple[int, int], random: PositionRandom | None = None) -> Tensor:
         """[n, 1, H, W] float32 of 0 and 1: rectangles of a quarter of each side or more, or all; or the middle half."""

@@ -197,7 +197,10 @@ class TrainData:
         same of it. Training says so once per row: see `samples.report_replaced`.
         """
         with strict_pillow():
-            return [self._sample(row, int(e)) for row, e in zip(self.table.read(rows), epochs, strict=True)]
+            return [self._sample(row, int(e)) for row, e in zip(self._rows(rows), epochs, strict=True)]
+
+    def _rows(self, numbers: Sequence[int]) -> list[Row]:
+        return (self.table if self.latents is None else self.latents.table).read(numbers)
 
     def _sample(self, row: Row, epoch: int) -> Sample:
         try:
@@ -212,7 +215,7 @@ class TrainData:
             drawn = key(self.seed, "replacement", epoch, row.number, attempt) % len(alike)
             other = int(alike[drawn])
             try:
-                made = self._made(self.table.read([other])[0], epoch)
+                made = self._made(self._rows([other])[0], epoch)
             except BadRow:
                 continue
             return replace(made, replaced=Replaced(row.number, other, reason))

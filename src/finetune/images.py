@@ -50,12 +50,12 @@ class Prepared:
     """What training sees of an image."""
 
     pixels: torch.Tensor
-    """[channels, height, width] float32 in [-1, 1]."""
+    """[channels, height, width] uint8; float32 in [-1, 1] of an image of more than 8 bits: see `normalised`."""
     time_ids: tuple[int, ...]
     """SDXL's sizes (Podell et al. 2023): height and width of the upright image; top and left of the crop, in pixels of
     the resized image and, if it is mirrored, of the mirrored one; height and width of the training image."""
     low_res: torch.Tensor | None
-    """[channels, side, side] float32 in [-1, 1]: the same part of the small image, if there is one."""
+    """[channels, side, side], as `pixels`: the same part of the small image, if there is one."""
     mask: torch.Tensor | None = None
     """[1, resolution, resolution] float32 in [0, 1]: the same part of the mask, if there is one."""
 
@@ -154,9 +154,8 @@ def prepare(
 
     `image` is what `decode` gives. shape: height and width of the training image; without it, the square of
     `rules.resolution`. The crop and the mirroring are functions of (seed, epoch, row). An image of the right size
-    without mirroring keeps every pixel: value v of 0..255 becomes v / 127.5 - 1. small: the same picture at 1/factor of
-    the size, prepared alike; the crop then lies on whole pixels of it. mask: as `mask_of` gives it, of the size of
-    `image`, and cut like it.
+    without mirroring keeps every pixel. small: the same picture at 1/factor of the size, prepared alike; the crop then
+    lies on whole pixels of it. mask: as `mask_of` gives it, of the size of `image`, and cut like it.
     """
     shape, original = shape or (rules.resolution, rules.resolution), (image.height, image.width)
     small_shape = shape[0] // factor, shape[1] // factor
@@ -177,8 +176,19 @@ def prepare(
 
 
 def to_pixels(image: Image.Image, rules: Data, *, seed: int, epoch: int, row: int) -> torch.Tensor:
-    """The pixels of `prepare`."""
-    return prepare(image, rules, seed=seed, epoch=epoch, row=row).pixels
+    """The pixels of `prepare`, `normalised`."""
+    return normalised(prepare(image, rules, seed=seed, epoch=epoch, row=row).pixels)
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 of any shape -> float32 in [-1, 1]: v becomes v / 127.5 - 1, on every device; float32 stays as it is.
+
+    Done where the pixels are used, so that a quarter of the bytes goes through processes and onto the device.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    # A tensor, because CUDA divides by a plain number as it multiplies by its inverse, which rounds otherwise.
+    return pixels / torch.full((), 127.5, device=pixels.device) - 1
 
 
 def covering(size: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
@@ -225,9 +235,7 @@ def _cut(
     if flip:
         image = F.horizontal_flip(image)
     pixels = F.pil_to_tensor(image)
-    if pixels.dtype == torch.uint8:
-        pixels = pixels / 127.5 - 1
-    else:
+    if pixels.dtype != torch.uint8:
         pixels = pixels.clamp(0, 1) * 2 - 1  # bicubic and lanczos overshoot; 8-bit images were clipped by the resize
     return pixels.expand(rules.channels, *shape)
 
@@ -235,7 +243,7 @@ def _cut(
 def _weights(
     mask: Image.Image, rules: Data, corner: tuple[int, int], shape: tuple[int, int], flip: bool
 ) -> torch.Tensor:
-    return ((_cut(mask, rules, corner, shape, flip)[:1] + 1) / 2).clamp(min=rules.unmasked_weight)
+    return ((normalised(_cut(mask, rules, corner, shape, flip)[:1]) + 1) / 2).clamp(min=rules.unmasked_weight)
 
 
 def background_rgb(colour: str) -> tuple[int, int, int]:

@@ -30,7 +30,7 @@ class Sample:
     """Its number in the data set."""
 
     pixels: torch.Tensor | None
-    """[channels, height, width] float32 in [-1, 1]; None with cached latents."""
+    """[channels, height, width] uint8 or float32, see `images.Prepared`; None with cached latents."""
     caption: str | None
     label: int | None
     time_ids: tuple[int, ...]

@@ -241,22 +241,22 @@ def _joined(states: Tensor, chunks: int) -> Tensor:
     return torch.cat([pieces[:, 0, :1], pieces[:, :, 1:-1].flatten(1, 2), pieces[:, -1, -1:]], dim=1)
 
 
-def with_token_facts(data: TrainData, conditioner: Conditioner) -> TrainData:
+def with_token_facts(data: TrainData, conditioner: Conditioner) -> tuple[TrainData, set[str] | None]:
     """`data` with facts of how its captions fit the text encoder, in facts["captions"]: how many different `texts`
-    there are, how many of them are `truncated`, and of `tokens` the limit and the longest. As it is without captions,
-    and for a stream, whose captions are not known before they come.
+    there are, how many of them are `truncated`, and of `tokens` the limit and the longest; and these texts. As it is
+    without captions, and for a stream, whose captions are not known before they come; and None then.
     """
     read = conditioner.parts.get("text") or conditioner.parts.get("pooled_text")
     if read is None or "captions" not in data.facts:
-        return data
-    text = read.members[0]
-    lengths = text.lengths(sorted(data.table.texts(data.rows)))
+        return data, None
+    text, texts = read.members[0], data.table.texts(data.rows)
+    lengths = text.lengths(sorted(texts))
     facts = {
         "texts": len(lengths),
         "truncated": sum(n > text.longest for n in lengths),
         "tokens": {"limit": text.longest, "longest": max(lengths)},
     }
-    return replace(data, facts=data.facts | {"captions": data.facts["captions"] | facts})
+    return replace(data, facts=data.facts | {"captions": data.facts["captions"] | facts}), texts
 
 
 def _check_pair(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:

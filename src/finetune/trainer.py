@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from finetune import tracking
-from finetune.batching import Batch, make_loader
+from finetune.batching import Batch, make_loader, on_device
 from finetune.caches import fill_caches
 from finetune.class_images import with_class_images
 from finetune.config import TrainConfig
@@ -100,8 +100,8 @@ class Trainer:
         self.modules = build_modules(
             cfg, self.data, self.accelerator.device, global_batch=self.global_batch, objective=objective, trust=trust
         )
-        self.data = with_token_facts(self.data.in_buckets(self.modules.side_multiple), self.modules.conditioner)
-        self.data, self.cached = fill_caches(cfg, self.data, self.modules, self.accelerator)
+        data, texts = with_token_facts(self.data.in_buckets(self.modules.side_multiple), self.modules.conditioner)
+        self.data, self.cached = fill_caches(cfg, data, self.modules, self.accelerator, texts)
         self.steps = cfg.train.max_train_steps or self.data.steps(
             cfg.train.num_train_epochs, global_batch=self.global_batch
         )
@@ -144,7 +144,7 @@ class Trainer:
             self.saver,
             Watchdog(timeout, lambda: whereabouts(self)) as watchdog,
             contextlib.closing(tracker),
-            contextlib.closing(patiently(self.loader(), timeout)) as loaded,
+            contextlib.closing(on_device(patiently(self.loader(), timeout), self.accelerator.device)) as loaded,
             self._progress() as bar,
         ):
             if self.validation and (self._due(cfg.validation.every) or self.validation.ends):
