@@ -15,7 +15,6 @@ from finetune.config_lora import Lora
 from finetune.errors import ConfigError
 from finetune.evaluate import load_subject
 from finetune.lora import add_lora, base_dtype, has_adapter, hold_base, load_trained_state, merge, trained_state
-from finetune.meter import Meter
 from finetune.plan import adapter_line, checkpoints_line, model_line
 from finetune.sample import load_pipeline
 from finetune.trainer import Trainer
