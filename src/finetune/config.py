@@ -56,6 +56,9 @@ class Ema:
     """Inverse gamma of the warm-up."""
     ema_power: Positive = 0.75
     """Power of the warm-up (3/4 as in train_unconditional)."""
+    update_every: Count = 1
+    """Optimizer steps between two moves of the averages, each by what as many single ones would come to if the weights
+    stood still: cheaper. What is saved or drawn in between takes the averages as they were moved last."""
     relative_widths: tuple[Width, ...] = ()
     """Averages by power functions (Karras et al. 2024), each by its width as a share of the steps done so far, such as
     0.05 and 0.1; at most 12**-0.5, which counts all steps alike."""
@@ -72,6 +75,14 @@ class Ema:
             raise ValueError(f"relative_widths names a width twice: {list(self.relative_widths)}")
         if self.relative_widths and not self.use_ema:
             raise ValueError(f"relative_widths {list(self.relative_widths)} need use_ema true")
+        if self.update_every > 1 and not self.use_ema:
+            raise ValueError(f"update_every {self.update_every} has nothing to move: set use_ema true, or remove it")
+        if self.snapshot_every and self.snapshot_every % self.update_every:
+            multiple = max(1, self.snapshot_every // self.update_every) * self.update_every
+            raise ValueError(
+                f"snapshot_every {self.snapshot_every} is no multiple of update_every {self.update_every}: some "
+                f"snapshots would be those before again; use such as {multiple}"
+            )
         if self.snapshot_every and not self.relative_widths:
             raise ValueError(
                 f"snapshot_every {self.snapshot_every} has nothing to keep: set relative_widths, such as [0.05, 0.1]"

@@ -30,6 +30,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("optimizer.*", "asked"),
     ("ema.ema_max_decay", "fixed"),
     ("ema.ema_*", "asked"),
+    ("ema.update_every", "asked"),
     ("train.max_train_steps", "asked"),
     ("train.max_grad_norm", "asked"),
     ("train.mixed_precision", "asked"),
