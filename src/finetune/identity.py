@@ -82,6 +82,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("train.gradient_*", "free"),
     ("train.max_nonfinite_steps", "free"),
     ("train.timeout_minutes", "free"),
+    ("train.fused_backward", "free"),
     ("train.channels_last", "free"),
     ("train.compile", "free"),
     ("train.allow_tf32", "free"),
