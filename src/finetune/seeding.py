@@ -64,7 +64,7 @@ class PositionRandom:
         out = torch.empty(len(self._positions), *shape, pin_memory=on_gpu)
         for row, position in zip(out, self._positions, strict=True):
             row.normal_(generator=self._at(purpose, position))
-        return out.to(self._device, non_blocking=True)
+        return out.to(self._device, non_blocking=on_gpu)
 
     def uniform(self, purpose: str) -> torch.Tensor:
         """One number in [0, 1) per sample -> [B] float64 on the CPU."""
