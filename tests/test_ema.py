@@ -188,12 +188,72 @@ def test_first_listed_is_swapped_in_and_decays_come_first():
         ({"relative_widths": [0.1, 0.1]}, "names a width twice"),
         ({"relative_widths": [0.1], "use_ema": False}, "need use_ema true"),
         ({"snapshot_every": 5}, "has nothing to keep"),
+        ({"update_every": 2, "use_ema": False}, "update_every 2 has nothing to move: set use_ema true"),
+        ({"relative_widths": [0.1], "snapshot_every": 5, "update_every": 2}, "no multiple of update_every 2.* as 4"),
         ({"ema_max_decay": []}, "needs at least one value, or set relative_widths"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, problem):
     with pytest.raises(ValueError, match=problem):
         EmaConfig(**{"use_ema": True, **settings})
+
+
+# ------------------------------------------------------------------------------------------- every k steps
+
+
+def moved(cfg: EmaConfig, values) -> dict[str, float]:
+    """Each average after a parameter, 10 before the first step, took these values."""
+    parameter = torch.nn.Parameter(torch.full((1,), 10.0))
+    ema = Ema({"w": parameter}, cfg)
+    for value in values:
+        parameter.data = torch.full((1,), float(value))
+        ema.step()
+    return {part: float(average["w"]) for part, average in ema.averages.items()}
+
+
+@pytest.mark.parametrize("warmup", ["power", "ratio", "none"])
+def test_rare_moves_of_constant_weights_are_all_the_single_ones(warmup):
+    each = {"use_ema": True, "ema_max_decay": (0.9, 0.5), "ema_warmup": warmup, "relative_widths": (0.1,)}
+    steps = [-3.0] * 4 + [50.0] * 4 + [7.0] * 4
+    single, rare = moved(EmaConfig(**each), steps), moved(EmaConfig(**each, update_every=4), steps)
+    assert rare == pytest.approx(single, rel=1e-5)
+    between = moved(EmaConfig(**each, update_every=4), [*steps, 99.0, 99.0, 99.0])
+    assert between == rare, "what is seen between two moves is the last of them"
+    assert moved(EmaConfig(**each, update_every=6), steps) != pytest.approx(single, rel=0.1), "negative control"
+    assert set(moved(EmaConfig(**each, update_every=13), steps).values()) == {10.0}
+
+
+def test_rare_moves_of_a_drift_are_the_sums_over_it():
+    """theta_n = n: of constant decay d the moves at k, 2k, ..., mk leave 10 d^mk + sum (1 - d^k) d^(k(m - j)) jk; a
+    power function weighs jk by the integral of its profile from (j - 1) k to jk."""
+    k, m, d, width = 3, 20, 0.9, 0.1
+    cfg = EmaConfig(use_ema=True, ema_max_decay=(d,), ema_warmup="none", relative_widths=(width,), update_every=k)
+    got, j = moved(cfg, range(1, k * m + 3)), np.arange(1, m + 1)
+    weights = np.diff(np.linspace(0, 1, m + 1) ** (gamma_of(width) + 1))
+    expected = {f"ema_{d}": 10 * d ** (k * m) + ((1 - d**k) * d ** (k * (m - j)) * j * k).sum()}
+    expected |= {f"ema_width_{width}": weights @ (j * k)}
+    assert got == pytest.approx(expected, rel=1e-5)
+    single = moved(EmaConfig(use_ema=True, ema_max_decay=(d,), ema_warmup="none"), range(1, k * m + 1))
+    assert abs(single[f"ema_{d}"] - got[f"ema_{d}"]) > 0.5, "negative control: a move per step lags otherwise"
+
+
+def test_rare_moves_are_reconstructed_after_the_training(tmp_path):
+    parameter, k = torch.nn.Parameter(torch.zeros(20)), 5
+    kept, beside = (Ema({"w": parameter}, power(*widths, update_every=k)) for widths in ((0.05, 0.1), (0.075,)))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 1004):  # the last snapshot, at the end, is of step 1000
+        parameter.data = parameter.data + 0.02 * torch.randn(20, generator=generator)
+        kept.step(), beside.step()
+        if step % 100 == 0 or step == 1003:
+            kept.snapshot(tmp_path)
+    snapshots = [checkpoint.load(path) for path in checkpoint.folders(tmp_path)]
+    assert [one.step for one in snapshots] == list(range(100, 1001, 100))
+    weights, _ = posthoc.reconstruct(snapshots, (0.075, 1000))
+    wanted, spread = beside.averages["ema_width_0.075"]["w"], kept.averages
+    spread = (spread["ema_width_0.05"]["w"] - spread["ema_width_0.1"]["w"]).square().mean()
+    assert float((weights["w"] - wanted).square().mean() / spread) ** 0.5 < 0.02
+    wrong, _ = posthoc.reconstruct(snapshots, (0.09, 1000))
+    assert float((wrong["w"] - wanted).square().mean() / spread) ** 0.5 > 0.1, "negative control: another width"
 
 
 # ------------------------------------------------------------------------------------------- after the training
@@ -301,6 +361,14 @@ def finished(tmp_path_factory):
     cfg = tiny(tmp_path_factory.mktemp("posthoc") / "run", ema=EMA)
     assert run(cfg, body=train) == [0], log(cfg)
     return cfg
+
+
+def test_rare_moves_are_resumed_exactly(tmp_path):
+    rare = {"ema": EMA | {"update_every": 2, "snapshot_every": 4}, "checkpoint": {"checkpointing_steps": 3}}
+    through, cut = tiny(tmp_path / "through", **rare), tiny(tmp_path / "cut", **rare)
+    assert run(through) == [0], log(through)
+    assert run(cut, stop=(4, 9)) == [-9] and run(cut) == [0], log(cut)
+    assert state(cut, 9) == state(through, 9) and snapshots_of(cut) == snapshots_of(through)
 
 
 def test_killed_and_resumed_keeps_the_same_averages_and_snapshots(finished, tmp_path):

@@ -40,6 +40,7 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
         ({"conditioning": {"condition_dropout": 0.2}}, "asked", "conditioning.condition_dropout"),
         ({"model": {"dropout": 0.2}}, "asked", "model.dropout"),
         ({"ema": {"ema_power": 0.5}}, "asked", "ema.ema_power"),
+        ({"ema": {"update_every": 2}}, "asked", "ema.update_every"),
         ({"train": {"max_grad_norm": 2.0}}, "asked", "train.max_grad_norm"),
         ({"data": {"random_flip": False}}, "asked", "data.random_flip"),
         ({"data": {"buckets": "auto"}}, "asked", "data.buckets"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-import finetune.trainer
+import finetune.stepping
 from finetune import checkpoint
 from finetune.conditioning import Unconditional, assembled, text_encoders
 from finetune.config import AdamW, Ema, Train
@@ -212,7 +212,7 @@ def test_averages_after_the_training_hold_the_encoder_too(references, tmp_path):
 
 def test_two_processes_give_the_losses_of_one(parts, tmp_path):  # noqa: F811
     def diverging(cfg):
-        finetune.trainer.average_gradients = lambda accelerator, parameters: None
+        finetune.stepping.average_gradients = lambda accelerator, parameters: None
         Trainer(cfg).fit()
 
     still = {"model": {"dropout": 0.0}}

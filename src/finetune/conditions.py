@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.errors import ConfigError, DataError
+from finetune.transfer import to_device
 
 if TYPE_CHECKING:
     from finetune.batching import Batch
@@ -73,7 +74,7 @@ def without(condition: Condition, null: Condition, dropped: Tensor) -> Condition
     """The condition with the rows of `null` where dropped ([B] bool, on the CPU)."""
     result = {}
     for name, rows in condition.items():
-        where = dropped.to(rows.device).reshape(-1, *[1] * (rows.ndim - 1))
+        where = to_device(dropped, rows.device).reshape(-1, *[1] * (rows.ndim - 1))
         result[name] = torch.where(where, null[name], rows)
     return result
 
@@ -109,7 +110,7 @@ class ClassLabel(Single):
                 f"class labels must lie in 0..{self.num_classes - 1} (conditioning.num_classes {self.num_classes}), "
                 f"got {int(labels.min())}..{int(labels.max())}: correct the labels, or raise conditioning.num_classes"
             )
-        return {"class_labels": labels.to(self.device)}
+        return {"class_labels": to_device(labels, self.device)}
 
     def condition(self, wanted: Sequence[int]) -> Condition:
         """{"class_labels": [n] int64}. Raises ConfigError for a label that is no class."""
@@ -151,7 +152,8 @@ class LowRes(Single):
         images = batch.pixel_values if batch.low_res is None else batch.low_res
         low_res = self.condition(images)["low_res"]
         if self.noise_augmentation and random is not None:
-            std = (random.uniform("low_res_noise_level") * self.noise_augmentation).float().to(low_res.device)
+            std = random.uniform("low_res_noise_level") * self.noise_augmentation
+            std = to_device(std, low_res.device, torch.float32)
             noise = random.normal("low_res_noise", low_res.shape[1:]).to(low_res.device)
             low_res = low_res + std[:, None, None, None] * noise
         return {"low_res": low_res}
@@ -167,7 +169,7 @@ class LowRes(Single):
                 f"the small image of super-resolution must be {self.side}x{self.side} pixels, or square and a whole "
                 f"multiple of that, in {self.channels} channels, got {width}x{height} in {channels}: resize it"
             )
-        images = wanted.to(self.device).float()
+        images = to_device(wanted, self.device).float()
         return {"low_res": images if width == self.side else F.interpolate(images, self.side, mode="area")}
 
     def unconditional(self, n: int) -> Condition:
@@ -217,8 +219,8 @@ class Inpaint(Single):
     def condition(self, wanted: tuple[Tensor, Tensor]) -> Condition:
         """Of images [n, C, H, W] in [-1, 1] and masks [n, 1, H, W]."""
         images, masks = wanted
-        latents = self.space.encode((images * (masks < 0.5)).to(self.space.vae.device))
-        small = F.interpolate(masks.to(latents.device), latents.shape[-2:])
+        latents = self.space.encode(to_device(images * (masks < 0.5), self.space.vae.device))
+        small = F.interpolate(to_device(masks, latents.device), latents.shape[-2:])
         return {"inpaint": torch.cat([small, latents], dim=1)}
 
     def unconditional(self, n: int) -> Condition:
@@ -242,7 +244,7 @@ class Size(Single):
     def of(self, batch: Batch, random: PositionRandom | None = None) -> Condition:
         """What each sample really was and became."""
         assert batch.time_ids is not None, "the data must give sizes"
-        return {"time_ids": batch.time_ids.to(self.device)}
+        return {"time_ids": to_device(batch.time_ids, self.device)}
 
     def condition(self, wanted: Sequence[Sequence[float]]) -> Condition:
         """Six numbers each."""

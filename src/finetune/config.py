@@ -36,7 +36,7 @@ from finetune.config_objective import DDPM, ZERO_SNR, Objective
 from finetune.config_optimizer import AdamW, Optimizer, optimizer_contradictions
 from finetune.config_prior import Prior, prior_contradictions
 from finetune.config_sample import GUIDANCE, Sample, contradictions, few_steps_suit, sampler_of, steps_of
-from finetune.config_train import Train
+from finetune.config_train import Train, fused_backward_contradictions
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, Width, Words, section
 from finetune.config_validation import Validation, validation_contradictions
 
@@ -56,6 +56,9 @@ class Ema:
     """Inverse gamma of the warm-up."""
     ema_power: Positive = 0.75
     """Power of the warm-up (3/4 as in train_unconditional)."""
+    update_every: Count = 1
+    """Optimizer steps between two moves of the averages, each by what as many single ones would come to if the weights
+    stood still: cheaper. What is saved or drawn in between takes the averages as they were moved last."""
     relative_widths: tuple[Width, ...] = ()
     """Averages by power functions (Karras et al. 2024), each by its width as a share of the steps done so far, such as
     0.05 and 0.1; at most 12**-0.5, which counts all steps alike."""
@@ -72,6 +75,14 @@ class Ema:
             raise ValueError(f"relative_widths names a width twice: {list(self.relative_widths)}")
         if self.relative_widths and not self.use_ema:
             raise ValueError(f"relative_widths {list(self.relative_widths)} need use_ema true")
+        if self.update_every > 1 and not self.use_ema:
+            raise ValueError(f"update_every {self.update_every} has nothing to move: set use_ema true, or remove it")
+        if self.snapshot_every and self.snapshot_every % self.update_every:
+            multiple = max(1, self.snapshot_every // self.update_every) * self.update_every
+            raise ValueError(
+                f"snapshot_every {self.snapshot_every} is no multiple of update_every {self.update_every}: some "
+                f"snapshots would be those before again; use such as {multiple}"
+            )
         if self.snapshot_every and not self.relative_widths:
             raise ValueError(
                 f"snapshot_every {self.snapshot_every} has nothing to keep: set relative_widths, such as [0.05, 0.1]"
@@ -239,6 +250,7 @@ class TrainConfig:
             yield from contradictions(self.sample, objective, few_steps=self._few_steps)
         yield from export_contradictions(self.export, lora=self.lora is not None)
         yield from optimizer_contradictions(self.optimizer, self.ema)
+        yield from fused_backward_contradictions(self.train, self.optimizer)
         yield from prior_contradictions(self, conditions(self.conditioning))
 
     def _conditions_contradict(self) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from finetune.config import TrainConfig
+from finetune.config_train import fused_backward_contradictions
 from finetune.errors import ConfigError
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -54,6 +55,8 @@ def launch_settings(cfg: TrainConfig, env: Mapping[str, str]) -> TrainConfig:
         mixed_precision=cfg.train.mixed_precision or said_precision,
         gradient_accumulation_steps=accumulation or int(said_accumulation or 1),
     )
+    if found := list(fused_backward_contradictions(train, cfg.optimizer)):
+        raise ConfigError("\n".join(f"{place}: {problem}" for place, problem in found))
     return replace(cfg, train=train)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 from finetune.config_types import Count, Positive, PositiveOrZero, section
+
+if TYPE_CHECKING:
+    from finetune.config_optimizer import Optimizer
 
 
 @section
@@ -32,6 +36,9 @@ class Train:
     each thread stands. Checking data, drawing and saving take what they need."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    fused_backward: bool = False
+    """Take the optimizer's step of each parameter in the backward pass, and free its gradient at once: 4 bytes less per
+    trained parameter, as full SDXL on one card needs. One process, max_grad_norm 0, no accumulation, no fp16."""
     train_text_encoder: bool = False
     """Train the text encoder too: all of it or, with the section lora, a LoRA on its attention."""
     channels_last: bool = False
@@ -49,3 +56,22 @@ class Train:
                 f"train.global_batch_size ({self.global_batch_size}, over all processes) and train.train_batch_size "
                 f"({self.train_batch_size}, per process) both set the batch: give one of them"
             )
+
+
+def fused_backward_contradictions(train: Train, optimizer: Optimizer) -> Iterator[tuple[str, str]]:
+    """Rules between train.fused_backward and other settings, as (place, problem) pairs."""
+    if not train.fused_backward:
+        return
+    rule = "train.fused_backward frees each gradient as soon as it is used"
+    if train.max_grad_norm:
+        yield "train.max_grad_norm", f"{train.max_grad_norm:g} needs the norm of all gradients, but {rule}: use 0"
+    if (steps := train.gradient_accumulation_steps or 1) > 1:
+        yield "train.gradient_accumulation_steps", (
+            f"{steps} add up gradients, but {rule}: use 1, with a smaller batch or train.gradient_checkpointing"
+        )
+    if train.mixed_precision == "fp16":
+        yield "train.mixed_precision", f"fp16 looks for an overflow in all gradients, but {rule}: use bf16 or no"
+    if optimizer.kind in ("prodigy", "schedule_free_adamw"):
+        yield "optimizer.kind", (
+            f"a step of {optimizer.kind} needs all gradients, but {rule}: use adafactor, adamw, adamw_8bit or lion"
+        )

@@ -35,17 +35,22 @@ class Ema:
         self._max_decays = dict(zip(parts_of(cfg), cfg.ema_max_decay, strict=False))
         self._gammas = {part_of(width): gamma_of(width) for width in cfg.relative_widths}
         self.updates = 0
+        """Optimizer steps that were counted; the averages are those of the last that update_every divides."""
         self.averages: dict[str, dict[str, Tensor]] = {
             part: {name: p.detach().float().clone() for name, p in self._parameters.items()} for part in parts_of(cfg)
         }
         """By the name of their part of a checkpoint: ema_0.9999 (decay), ema_width_0.05 (relative width)."""
 
     def decay(self, part: str) -> float:
-        """The share that the average `part` keeps of itself in the next update, which is number n."""
-        n = self.updates + 1
+        """The share that the average `part` keeps of itself when it is moved at the end of the next step, number n: of
+        constant parameters it then is what one move per step would have made of it."""
+        n, every = self.updates + 1, self._cfg.update_every
         if part in self._gammas:
-            return (1 - 1 / n) ** (self._gammas[part] + 1)  # Karras et al. 2024, section 3.1; 0 for the first
-        max_decay = self._max_decays[part]
+            # Karras et al. 2024, section 3.1; 0 for the first move. The product over all steps since the last one.
+            return (1 - every / n) ** (self._gammas[part] + 1)
+        return math.prod(self._decay_of_step(step, self._max_decays[part]) for step in range(n - every + 1, n + 1))
+
+    def _decay_of_step(self, n: int, max_decay: float) -> float:
         if self._cfg.ema_warmup == "power":
             return min(max_decay, 1 - (1 + (n - 1) / self._cfg.ema_inv_gamma) ** -self._cfg.ema_power)
         if self._cfg.ema_warmup == "ratio":
@@ -54,10 +59,14 @@ class Ema:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move each average towards the parameters. Call after an optimizer step that really changed them."""
-        parameters = [p.detach().float() for p in self._parameters.values()]
-        for part, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), parameters, 1 - self.decay(part))
+        """Count a step and, if it is one of those at which that is done, move each average towards the parameters.
+
+        Call after an optimizer step that really changed them.
+        """
+        if (self.updates + 1) % self._cfg.update_every == 0:
+            parameters = [p.detach().float() for p in self._parameters.values()]
+            for part, average in self.averages.items():
+                torch._foreach_lerp_(list(average.values()), parameters, 1 - self.decay(part))
         self.updates += 1
 
     @contextmanager
@@ -90,12 +99,15 @@ class Ema:
     def snapshot(self, root: Path) -> None:
         """Keep the power-function averages of this moment under `root`, as a checkpoint that is never rotated.
 
-        A disk that takes no more costs this snapshot, not the run: a later reconstruction says what it lacks.
+        Its step is that at which they were moved last, which their profile ends at; before the first there is nothing
+        to keep. A disk that takes no more costs this snapshot, not the run: a later reconstruction says what it lacks.
         """
         parts = {part: self.averages[part] for part in self._gammas}
-        state = {"step": self.updates, "relative_widths": self._cfg.relative_widths}
-        with surviving(f"snapshot of the averages at step {self.updates}", required=False):
-            checkpoint.save(root, parts=parts, state=state)
+        moved = self.updates - self.updates % self._cfg.update_every
+        state = {"step": moved, "relative_widths": self._cfg.relative_widths}
+        with surviving(f"snapshot of the averages at step {moved}", required=False):
+            if moved:
+                checkpoint.save(root, parts=parts, state=state)
 
 
 def drop_snapshots_after(root: Path, step: int) -> None:

@@ -39,6 +39,7 @@ def losing_nothing(trainer: Trainer) -> Iterator[None]:
         raise  # agreed by all processes, and saved or final
     except Exception as error:
         signal = SIGNALS.received
+        _settle(trainer)
         theirs = _from_a_collective(error)
         if not theirs:
             trainer.accelerator.leave(error)
@@ -52,6 +53,19 @@ def losing_nothing(trainer: Trainer) -> Iterator[None]:
         if told is error:
             raise
         raise told from error
+
+
+def _settle(trainer: Trainer) -> None:
+    """Count the step that was queued before the failure; if the device has failed, it stays unknown, and unsaved.
+
+    Raises NonFiniteError if that step was one too many that were not finite.
+    """
+    try:
+        trainer.stepper.settle(alone=True)
+    except NonFiniteError:
+        raise
+    except Exception as error:
+        log.error("the last step cannot be told: %s", error)
 
 
 def _from_a_collective(error: Exception) -> bool:
@@ -88,14 +102,18 @@ class MicroBatch:
     rows: Tensor
     """[B] int64, on the CPU: numbers of the rows of the data."""
     terms: LossTerms
+    """Without their graph."""
     finite: Tensor
     """[B] bool: whether x0 was."""
 
 
-def count_skipped(trainer: Trainer, micro_batches: Sequence[MicroBatch], grad_norm: float) -> None:
+def count_skipped(
+    trainer: Trainer, micro_batches: Sequence[MicroBatch], grad_norm: float, *, alone: bool = False
+) -> None:
     """Count a step that was not taken. With fp16, an overflow is routine until the loss scale is down to 1.
 
-    Raises NonFiniteError after train.max_nonfinite_steps in a row.
+    alone: tell of this process's samples only, as the others may be gone. Raises NonFiniteError after
+    train.max_nonfinite_steps in a row.
     """
     scaler, state = trainer.accelerator.scaler, trainer.state
     flags = [
@@ -103,7 +121,8 @@ def count_skipped(trainer: Trainer, micro_batches: Sequence[MicroBatch], grad_no
                      each.finite], 1)
         for each in micro_batches
     ]  # fmt: skip
-    why = _nonfinite(trainer.accelerator.gather(torch.cat(flags)), trainer.cfg)
+    own = torch.cat(flags)
+    why = _nonfinite(own if alone else trainer.accelerator.gather(own), trainer.cfg)
     if not why and scaler and scaler.get_scale() >= 1:
         return
     why = why or f"gradient norm {grad_norm}"
@@ -141,7 +160,8 @@ def command_to_resume(cfg: TrainConfig) -> str:
 def whereabouts(trainer: Trainer) -> str:
     """Which process this is and what it works on, for messages."""
     rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    return f"process {rank} of {processes}, step {trainer.step + 1}, {_words(_rows(trainer, rank))}"
+    step = trainer.step + 1 + (trainer.stepper.pending is not None)  # which was taken, most likely
+    return f"process {rank} of {processes}, step {step}, {_words(_rows(trainer, rank))}"
 
 
 def _rows(trainer: Trainer, rank: int) -> list[int]:

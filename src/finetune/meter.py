@@ -24,6 +24,7 @@ class Meter:
     def __init__(self, accelerator: Accelerator, objective: Objective) -> None:
         self._accelerator, self._objective = accelerator, objective
         self._step: list[dict[str, Tensor]] = []
+        self._held: list[dict[str, Tensor]] | None = None
         self._grad_norm = math.nan
         self._began: float | None = None
         self._restart()
@@ -32,7 +33,7 @@ class Meter:
     def add(self, terms: LossTerms) -> None:
         """The terms of one micro-batch of the step that is under way."""
         quarter = (self._objective.process.fraction(terms.level) * 4).long().clamp(max=3)
-        sums = {"loss": (terms.per_sample * terms.weight).sum(), "count": terms.weight.new_tensor(len(terms.weight))}
+        sums = {"loss": (terms.per_sample * terms.weight).sum(), "count": terms.weight.new_full((), len(terms.weight))}
         sums |= {name: (value * terms.weight).sum() for name, value in terms.terms.items()}
         for q in range(4):
             weight = terms.weight * (quarter == q)
@@ -41,19 +42,25 @@ class Meter:
         self._step.append(sums)
 
     def commit(self, grad_norm: float) -> None:
-        """The step was taken: it counts."""
-        for sums in self._step:
+        """The step that is held, else the one under way, was taken: it counts."""
+        for sums in self._ended():
             for name, value in sums.items():
                 self._interval[name] = self._interval.get(name, 0) + value
         self._grad_norm = grad_norm
-        self._end_step()
 
     def discard(self) -> None:
-        """The step was not taken: it does not count."""
-        self._end_step()
+        """The step that is held, else the one under way, was not taken: it does not count."""
+        self._ended()
 
-    def _end_step(self) -> None:
-        self._step = []
+    def _ended(self) -> list[dict[str, Tensor]]:
+        if self._held is None:
+            self.hold()
+        held, self._held = self._held, None
+        return held
+
+    def hold(self) -> None:
+        """The step under way is over; whether it counts will be said in the next one."""
+        self._held, self._step = self._step, []
         if self._began is not None:
             self._spent += time.perf_counter() - self._began
         self._began = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,9 +68,9 @@ class Modules:
         """All that is trained, by name, in the order in which an optimizer is to take it."""
         return self.network | self.beside
 
-    @property
+    @cached_property
     def has_dropout(self) -> bool:
-        """Whether the network draws masks by torch's own random state."""
+        """Whether the network draws masks by torch's own random state; a walk over all its layers, once."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.unet.modules())
 
     @property

@@ -291,7 +291,7 @@ def average_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Pa
 def largest(accelerator: Accelerator, number: int) -> torch.Tensor:
     """The largest `number` of any process, for what all of them must decide alike: a scalar on the device, which is
     not waited for before it is read."""
-    found = torch.tensor(number, device=accelerator.device)
+    found = torch.full((), number, device=accelerator.device)  # torch.tensor would wait for the device
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     return found

@@ -60,10 +60,11 @@ class PositionRandom:
         """Standard normal numbers, `shape` of them per sample -> [B, *shape] float32 on the device."""
         import torch
 
-        out = torch.empty(len(self._positions), *shape)
+        on_gpu = torch.device(self._device).type == "cuda"  # of page-locked memory nobody waits for the copy
+        out = torch.empty(len(self._positions), *shape, pin_memory=on_gpu)
         for row, position in zip(out, self._positions, strict=True):
             row.normal_(generator=self._at(purpose, position))
-        return out.to(self._device)
+        return out.to(self._device, non_blocking=on_gpu)
 
     def uniform(self, purpose: str) -> torch.Tensor:
         """One number in [0, 1) per sample -> [B] float64 on the CPU."""

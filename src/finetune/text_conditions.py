@@ -12,6 +12,7 @@ from torch import Tensor
 
 from finetune.conditions import Condition, Single
 from finetune.errors import ConfigError
+from finetune.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -128,7 +129,8 @@ class Text(Single):
         if self.trained and torch.is_grad_enabled():
             distinct = list(dict.fromkeys(texts))
             place = {text: row for row, text in enumerate(distinct)}
-            return self._encode(distinct)[[place[text] for text in texts]]
+            rows = torch.tensor([place[text] for text in texts])
+            return (encoded := self._encode(distinct))[to_device(rows, encoded.device)]
         new = [text for text in dict.fromkeys(texts) if text not in self._cache]
         fresh = {} if self.stored is None else self.stored.read(new)
         new = [text for text in new if text not in fresh]
@@ -137,7 +139,7 @@ class Text(Single):
             if not self.trained and (len(self._cache) + 1) * row.nbytes <= CACHE_BYTES:
                 self._cache[text] = row.clone()  # not a view, which would keep the whole batch
         rows = [self._cache[text] if text in self._cache else fresh[text] for text in texts]
-        return torch.stack(rows).to(self.device)
+        return to_device(torch.stack(rows), self.device)
 
     def _encode(self, texts: list[str]) -> Tensor:
         self.load("to read texts")
@@ -150,7 +152,7 @@ class Text(Single):
         tokens = self.tokens(texts).flatten(0, 1)
         device = self.text_encoder.device
         with torch.autocast(device.type, enabled=False):  # the same embeddings in training and in sampling
-            states = self._read(tokens.to(device)).float()
+            states = self._read(to_device(tokens, device)).float()
         return states if self.chunks == 1 else _joined(states, self.chunks)
 
     @property

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from finetune.config_launch import batch_plan
 from finetune.data import open_data
 from finetune.ema import Ema, drop_snapshots_after
 from finetune.errors import CheckpointError
-from finetune.failures import MicroBatch, command_to_resume, count_skipped, losing_nothing, whereabouts
+from finetune.failures import MicroBatch, command_to_resume, losing_nothing, whereabouts
 from finetune.foundation import resolve, with_prompts
 from finetune.kohya_config import refuse_differences
 from finetune.meter import Meter
@@ -34,7 +33,7 @@ from finetune.optimization import build_optimizer, evaluation_weights, learning_
 from finetune.pipelines import build_pipeline
 from finetune.previews import draw_samples
 from finetune.prior import make_class_images
-from finetune.processes import average_gradients, build_accelerator, largest, set_kernels
+from finetune.processes import build_accelerator, largest, set_kernels
 from finetune.provenance import write_run_files
 from finetune.resume import as_the_run_began, find_checkpoint, resume, run_facts_of
 from finetune.samples import report_replaced
@@ -42,14 +41,17 @@ from finetune.saving import Saver, nonfinite, parts_of, refuse_nonfinite, write_
 from finetune.seeding import PositionRandom, key
 from finetune.sharding import unsharded
 from finetune.signals import SIGNALS, preempted
+from finetune.stepping import Stepper
 from finetune.text_conditions import with_token_facts
 from finetune.training_state import TrainingState
+from finetune.transfer import to_device
 from finetune.validation import HeldOut
 from finetune.watchdog import Watchdog, patiently
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from diffusers import DiffusionPipeline
+    from torch import Tensor
     from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
@@ -118,6 +120,7 @@ class Trainer:
         """The signal that all processes have agreed to stop for."""
         self.whole = True
         """Whether the state is that after a step, and not half of the next."""
+        self.stepper = Stepper(self)
         self.resumed = None if found is None else resume(self, found)
 
     @property
@@ -176,50 +179,24 @@ class Trainer:
                     raise preempted(self.stop, self.step, how=command_to_resume(cfg))
 
     def train_step(self, batches: Iterator[Batch], meter: Meter) -> bool:
-        """One optimizer step over a global batch. Returns whether it was taken; if not, only counters changed.
+        """One optimizer step over a global batch. Returns whether it was taken; if not, only counters changed. False
+        also while nothing that is due hangs on it: the next call learns of it, or `stepper.settle`.
 
         `stop` then holds the signal that all processes have agreed to stop for, if one of them received one.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step) * group["lr_scale"]
-        taken_in: list[MicroBatch] = []
+        micro_batches: list[MicroBatch] = []
         for micro in range(self.accumulation):
             batch = next(batches)
             report_replaced(batch.replaced, self.replaced)
             last = micro == self.accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.network):
-                taken_in.append(self._loss(batch, micro))
-                terms = taken_in[-1].terms
-                self.accelerator.backward((terms.per_sample * terms.weight).mean() / self.accumulation)
-            meter.add(terms)
-        average_gradients(self.accelerator, self.modules.beside.values())  # DDP averages those of the network only
-        stop = largest(self.accelerator, SIGNALS.received)
-        # DDP has averaged the gradients, so this norm, and with it the decision, is the same on every process.
-        max_norm = self.cfg.train.max_grad_norm or math.inf
-        grad_norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), max_norm))
-        self.stop = int(stop)  # after the wait for the norm, which is one for this too
-        self.whole = False  # from here on, state changes: what fails before leaves the last step as it was
-        self.state.batches += 1
-        taken = math.isfinite(grad_norm)
-        if taken:
-            self.optimizer.step()
-            self.state.step += 1
-            self.state.nonfinite_in_a_row = 0
-            for each in taken_in:
-                self.modules.objective.update(each.terms, self.accelerator.gather)
-            if self.ema:
-                self.ema.step()
-            meter.commit(grad_norm)
-        else:
-            if self.accelerator.scaler:
-                self.accelerator.scaler.update()  # fp16: lowers the scale of the loss
-            meter.discard()
-            count_skipped(self, taken_in, grad_norm)
-        self.optimizer.zero_grad()
-        self.whole = True
-        return taken
+                done, loss = self._loss(batch, micro)
+                self.stepper.backward(loss / self.accumulation)
+            micro_batches.append(done)
+            meter.add(done.terms)
+        return self.stepper.step(micro_batches, meter)
 
-    def _loss(self, batch: Batch, micro: int) -> MicroBatch:
+    def _loss(self, batch: Batch, micro: int) -> tuple[MicroBatch, Tensor]:
         random = PositionRandom(self.cfg.seed, batch.positions, self.accelerator.device)
         x0 = self.modules.space.x0(batch, random, self.accelerator.device)
         condition = self.modules.conditioner(batch, random)
@@ -228,8 +205,10 @@ class Trainer:
         masked = {} if batch.mask is None else {"mask": batch.mask.to(self.accelerator.device, non_blocking=True)}
         terms = self.modules.objective.loss(bind(self.network, condition), x0, random, **masked)
         if batch.loss_weight is not None:
-            terms = dataclasses.replace(terms, weight=terms.weight * batch.loss_weight.to(terms.weight.device))
-        return MicroBatch(batch.rows, terms, x0.isfinite().flatten(1).all(1))
+            terms = dataclasses.replace(terms, weight=terms.weight * to_device(batch.loss_weight, terms.weight.device))
+        loss = (terms.per_sample * terms.weight).mean()
+        terms = dataclasses.replace(terms, per_sample=terms.per_sample.detach())
+        return MicroBatch(batch.rows, terms, x0.isfinite().flatten(1).all(1)), loss
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

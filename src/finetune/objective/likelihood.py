@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.objective.process import NoiseProcess, per_sample
+from finetune.transfer import to_device
 
 if TYPE_CHECKING:
     from finetune.objective.objective import Network, Objective
@@ -71,9 +72,9 @@ class Posterior:
         pixels, whose probability is not defined.
         """
         kl = bits(normal_kl(self.mean(x0, x_t, level), per_sample(self.log_variance[level], x0), mean, log_variance))
-        first = (level == 0).to(x0.device)
         if not (level == 0).any():
             return kl
+        first = to_device(level == 0, x0.device)
         check_8_bit(x0[first])
         return torch.where(first, bits(-discretized_gaussian_log_likelihood(x0, mean, log_variance / 2)), kl)
 

@@ -17,6 +17,7 @@ from finetune.objective.prediction import Prediction
 from finetune.objective.process import Process, per_sample, snr
 from finetune.objective.regression import Regression, squared
 from finetune.objective.weighting import Uncertainty, Weighting
+from finetune.transfer import to_device
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -79,7 +80,7 @@ class Objective:
         level, weight = self.levels.sample(random)
         noise, input_noise = self.noise.sample(random, x0.shape[1:])
         terms = self.loss_at(network, x0, level, noise, input_noise=input_noise, mask=mask)
-        return replace(terms, weight=weight.to(x0.device, torch.float32))
+        return replace(terms, weight=to_device(weight, x0.device, torch.float32))
 
     def loss_at(
         self,
@@ -105,7 +106,7 @@ class Objective:
         alpha, sigma, time = self.process(level)
         added = noise if input_noise is None else input_noise.float()
         x_t = per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * added
-        time = time.to(x0.device)
+        time = to_device(time, x0.device)
         output, fraction = self.split(network(self.process.scale_input(x_t, sigma), time).float(), x0)
 
         parts = {}
@@ -129,7 +130,7 @@ class Objective:
         return LossTerms(
             per_sample=loss,
             weight=torch.ones_like(loss),
-            level=(level.float() if level.is_floating_point() else level).to(x0.device),
+            level=to_device(level.float() if level.is_floating_point() else level, x0.device),
             terms={name: part.detach() for name, part in parts.items()},
         )
 
@@ -154,6 +155,11 @@ class Objective:
         return self.prediction.x0(x_t, self.split(output.float(), x_t)[0], alpha, sigma)
 
     # ---- what is learned besides the network
+
+    @property
+    def learns(self) -> bool:
+        """Whether `update` may change what the next step draws, which then waits for the losses of this one."""
+        return isinstance(self.levels, LossSecondMoment) or type(self).update is not Objective.update
 
     def update(self, terms: LossTerms, gather: Callable[[Tensor], Tensor]) -> None:
         """Let the level sampler take in the losses of a micro-batch whose step was taken.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from finetune.transfer import to_device
+
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
@@ -123,4 +125,4 @@ def snr(alpha: Tensor, sigma: Tensor) -> Tensor:
 
 def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
     """[B] -> [B, 1, ...] that multiplies `like` [B, ...]; cast from float64 here, as the last step."""
-    return coefficient.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
+    return to_device(coefficient, like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
