@@ -20,7 +20,7 @@ MOST_SUBSETS = 4  # that the plan names
 
 
 def plan_text(trainer: Trainer) -> str:
-    """The plan of `trainer` as an aligned table of at most 21 lines."""
+    """The plan of `trainer` as an aligned table of at most 22 lines."""
     cfg, modules, processes = trainer.cfg, trainer.modules, trainer.accelerator.num_processes
     return table(
         {
@@ -44,6 +44,7 @@ def plan_text(trainer: Trainer) -> str:
             "device": f"{processes} x {trainer.accelerator.device.type}"
             f"{', the weights sharded over them (FSDP2)' * trainer.accelerator.shards}, network in "
             f"{trainer.accelerator.mixed_precision.replace('no', 'float32')}, seed {cfg.seed}",
+            "compile": trainer.compiled,
             "start": start_line(trainer.resumed),
             "changed": changed_line(trainer.resumed),
             "checkpoints": checkpoints_line(modules, cfg),
