@@ -37,6 +37,15 @@ UNETS: dict[str, dict[str, Any]] = {
         "down_block_types": (*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
     },
+    "levers": {  # 18 M parameters with cross-attention: a pass in half a second on a CPU core
+        "_class_name": CONDITIONED,
+        "sample_size": 16,
+        "block_out_channels": (64, 128, 256),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 128,
+        "attention_head_dim": 8,
+    },
 }
 
 

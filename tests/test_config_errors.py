@@ -68,10 +68,13 @@ RECIPE_MISTAKES = {
     "model: {block_out_channels: [32, x]}": (
         "model.block_out_channels: item 2: expected a whole number, got 'x'"
     ),
-    "train: {gradient_checkpointing: maybe}": (
-        "train.gradient_checkpointing: expected true or false, got 'maybe'"
+    "train: {channels_last: maybe}": "train.channels_last: expected true or false, got 'maybe'",
+    "train: {channels_last: 2}": "train.channels_last: expected true or false, got 2",
+    "train: {gradient_checkpointing: up_blocks.0}": (
+        "train.gradient_checkpointing: expected true or false or a list of texts, got 'up_blocks.0': "
+        "write [up_blocks.0]"
     ),
-    "train: {gradient_checkpointing: 2}": "train.gradient_checkpointing: expected true or false, got 2",
+    "train: {compile: block}": "train.compile: expected one of off, unet, blocks, got 'block'; did you mean blocks?",
     "train: {mixed_precision: false}": "train.mixed_precision: expected one of no, fp16, bf16, got false",
     "train: {mixed_precision: bf61}": (
         "train.mixed_precision: expected one of no, fp16, bf16, got 'bf61'; did you mean bf16?"

@@ -35,7 +35,7 @@ LAYERS = [
     {"batching", "meter", "tracking"},
     {"processes", "identity"},
     {"foundation", "space", "conditions", "text_conditions", "sdxl_texts", "conditioning", "model_fit"},
-    {"models"},
+    {"models", "compilation"},
     {"importers", "lora"},
     {"samplers", "schedulers", "guidance", "autoguidance"},
     {"modules"},

@@ -36,7 +36,7 @@ from finetune.config_objective import DDPM, ZERO_SNR, Objective
 from finetune.config_optimizer import AdamW, Optimizer, optimizer_contradictions
 from finetune.config_prior import Prior, prior_contradictions
 from finetune.config_sample import GUIDANCE, Sample, contradictions, few_steps_suit, sampler_of, steps_of
-from finetune.config_train import Train, fused_backward_contradictions
+from finetune.config_train import Train, fused_backward_contradictions, train_contradictions
 from finetune.config_types import Count, CountOrZero, Decay, Int, Positive, Width, Words, section
 from finetune.config_validation import Validation, validation_contradictions
 
@@ -251,6 +251,7 @@ class TrainConfig:
         yield from export_contradictions(self.export, lora=self.lora is not None)
         yield from optimizer_contradictions(self.optimizer, self.ema)
         yield from fused_backward_contradictions(self.train, self.optimizer)
+        yield from train_contradictions(self.train, self.data.buckets)
         yield from prior_contradictions(self, conditions(self.conditioning))
 
     def _conditions_contradict(self) -> Iterator[tuple[str, str]]:

@@ -242,6 +242,8 @@ def _decode(path: str, words: list[str], name: str) -> object:
     types = {one for setting in settings for one in setting.types}
     if words == ["null"] and "NoneType" in types:
         return None
+    if "bool" in types and len(words) == 1 and words[0].lower() in ("true", "false"):
+        return words[0].lower() == "true"
     if "tuple" in types and words:
         if len(words) == 1 and words[0].startswith("[") and words[0].endswith("]"):
             return _yaml(words[0], name)

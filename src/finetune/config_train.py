@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from finetune.config_types import Count, Positive, PositiveOrZero, section
+from pydantic import BeforeValidator
+
+from finetune.config_types import Count, Positive, PositiveOrZero, Words, section
 
 if TYPE_CHECKING:
     from finetune.config_optimizer import Optimizer
+
+FORMER_COMPILE = {False: "off", True: "unet"}
+"""What train.compile is called today, by what it was when it could only be on or off."""
+
+
+def _as_called_today(value: object) -> object:
+    return FORMER_COMPILE[value] if isinstance(value, bool) else value
 
 
 @section
@@ -34,8 +43,9 @@ class Train:
     timeout_minutes: Positive = 10.0
     """A step that waits for another process or for samples this long ends the run; half as long, and stderr shows where
     each thread stands. Checking data, drawing and saving take what they need."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Words = False
+    """Recompute activations in the backward pass: less memory, about a third more time. true: of all blocks of the
+    UNet; or of some, such as [down_blocks.0, up_blocks.3], which hold most of them, in less time."""
     fused_backward: bool = False
     """Take the optimizer's step of each parameter in the backward pass, and free its gradient at once: 4 bytes less per
     trained parameter, as full SDXL on one card needs. One process, max_grad_norm 0, no accumulation, no fp16."""
@@ -43,10 +53,22 @@ class Train:
     """Train the text encoder too: all of it or, with the section lora, a LoRA on its attention."""
     channels_last: bool = False
     """Memory format of the UNet: faster on GPUs with tensor cores, not on CPUs."""
-    compile: bool = False
-    """torch.compile the UNet in place."""
+    compile: Annotated[Literal["off", "unet", "blocks"], BeforeValidator(_as_called_today)] = "off"
+    """torch.compile for the training, of the whole UNet or of its repeated layers (residual blocks, transformers), each
+    shape once; samples and validation are computed without. The plan says after how many steps it has paid off."""
+    cuda_graphs: bool = False
+    """Replay each pass of the compiled UNet as one CUDA graph: for small batches, where the GPU waits for the launch of
+    its kernels. Shapes must not change. By torch's documentation; not run on a GPU by us."""
     allow_tf32: bool = False
     """TensorFloat-32 matrix products on Ampere and later."""
+    cudnn_benchmark: bool = False
+    """cuDNN tries its convolutions at the start of a run and takes the fastest: for shapes that do not change. Which
+    that is may differ from start to start."""
+    sdpa_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+    """The kernel of the UNet's attention; auto: torch chooses. What it cannot take of the frozen models, such as the
+    masks of a text encoder, goes by efficient or math."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """Send gradients between processes in bfloat16: half the bytes, rounded to 3 digits. For DDP on slow networks."""
     deterministic: bool = False
     """Only kernels that add in a fixed order: slower on a GPU, where a resume is bit for bit only with it."""
 
@@ -56,6 +78,18 @@ class Train:
                 f"train.global_batch_size ({self.global_batch_size}, over all processes) and train.train_batch_size "
                 f"({self.train_batch_size}, per process) both set the batch: give one of them"
             )
+        if self.cuda_graphs and self.compile != "unet":
+            raise ValueError(f"train.cuda_graphs needs train.compile unet, not {self.compile}: set both, or neither")
+        if self.cudnn_benchmark and self.deterministic:
+            raise ValueError("train.cudnn_benchmark may choose other kernels each time: not with train.deterministic")
+        if self.gradient_checkpointing == ():
+            raise ValueError("train.gradient_checkpointing [] names no block: use false")
+
+
+def train_contradictions(train: Train, buckets: str) -> Iterator[tuple[str, str]]:
+    """Rules between this section and data.buckets, as (place, problem) pairs."""
+    if train.cuda_graphs and buckets != "none":
+        yield "train.cuda_graphs", "a graph replays one shape, and data.buckets make several: use data.buckets none"
 
 
 def fused_backward_contradictions(train: Train, optimizer: Optimizer) -> Iterator[tuple[str, str]]:

@@ -64,7 +64,7 @@ def kohya_metadata(
         "ss_num_train_images": images,
         "ss_num_batches_per_epoch": -(-images // global_batch) if images else None,
         "ss_total_batch_size": global_batch,
-        "ss_gradient_checkpointing": train.gradient_checkpointing,
+        "ss_gradient_checkpointing": bool(train.gradient_checkpointing),
         "ss_mixed_precision": train.mixed_precision or "no",
         "ss_resolution": f"({public.data.resolution}, {public.data.resolution})",
         "ss_seed": public.seed,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import sdpa_kernel
 
 from finetune.autoguidance import load_guide
+from finetune.compilation import compile_network
 from finetune.conditioning import Conditioner, build_conditioner, text_encoders, texts_of
 from finetune.errors import ConfigError
 from finetune.lora import add_lora, add_text_lora, hold_base, load_trained_state, trained_state
@@ -19,11 +24,12 @@ from finetune.lora_loading import load_into
 from finetune.models import UNet, build_unet
 from finetune.objective import Objective, build_objective
 from finetune.pretrained import lora_file
+from finetune.processes import SDPA
 from finetune.space import LatentSpace, Space, build_space
 from finetune.text_conditions import Text
 
 if TYPE_CHECKING:
-    from finetune.config import Optimizer, TrainConfig
+    from finetune.config import Optimizer, Train, TrainConfig
     from finetune.data import TrainData
 
 
@@ -159,12 +165,11 @@ def build_modules(
         load_into({"unet": unet} | text_encoders(conditioner), file)
     if cfg.export.kohya:  # now, and not when the training is over
         kohya_names_of(adapters_of({"unet": unet}), {"unet": unet})
-    if cfg.train.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    check_attention(unet, cfg.train)
+    checkpoint_blocks(unet, cfg.train.gradient_checkpointing)
     if cfg.train.channels_last:
         unet.to(memory_format=torch.channels_last)
-    if cfg.train.compile:
-        unet.compile()  # in place: the names of the weights stay
+    compile_network(unet, cfg.train)
     return Modules(space=space, conditioner=conditioner, objective=objective, unet=unet, guide=guide)
 
 
@@ -184,3 +189,50 @@ def choose_trained(cfg: TrainConfig, unet: UNet, conditioner: Conditioner) -> No
         encoder.requires_grad_(cfg.train.train_text_encoder)
         if cfg.train.train_text_encoder and cfg.lora is not None:
             add_text_lora(encoder, cfg.lora, name, seed=cfg.seed)
+
+
+def checkpoint_blocks(unet: UNet, which: bool | Sequence[str]) -> None:
+    """Recompute the activations of all blocks of the UNet (true), or of those that are named, in the backward pass.
+
+    Raises ConfigError for a name that is none of down_blocks.0, ..., mid_block, up_blocks.0, ...
+    """
+    if not which:
+        return
+    unet.enable_gradient_checkpointing()
+    if which is True:
+        return
+    lists = {"down_blocks": unet.down_blocks, "up_blocks": unet.up_blocks}
+    names = [f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))]
+    names += ["mid_block"] * (unet.mid_block is not None)
+    if unknown := [name for name in which if name not in names]:
+        raise ConfigError(
+            f"train.gradient_checkpointing: {', '.join(unknown)}: no such block; this UNet has {', '.join(names)}"
+        )
+    for name, module in unet.named_modules():
+        if hasattr(module, "gradient_checkpointing"):  # as diffusers itself finds them
+            module.gradient_checkpointing = any(f"{name}.".startswith(f"{one}.") for one in which)
+
+
+def check_attention(unet: UNet, cfg: Train) -> None:
+    """Raise ConfigError if the kernel that cfg.sdpa_backend names cannot compute the UNet's attention here.
+
+    Tried, forward and backward, on 8 tokens of each width of heads: torch offers no other way to ask.
+    """
+    if cfg.sdpa_backend == "auto":
+        return
+    widths = {m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)}
+    if not widths:
+        raise ConfigError(f"train.sdpa_backend {cfg.sdpa_backend}: the UNet has no attention: use auto")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(cfg.mixed_precision, torch.float32)
+    for width in sorted(widths):
+        query = torch.zeros(1, 1, 8, width, device=unet.device, dtype=dtype, requires_grad=True)
+        try:
+            with sdpa_kernel(SDPA[cfg.sdpa_backend]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says of each kernel why it is not the one
+                functional.scaled_dot_product_attention(query, query, query).sum().backward()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"train.sdpa_backend {cfg.sdpa_backend}: cannot compute the UNet's attention on {unet.device.type} in "
+                f"{str(dtype).removeprefix('torch.')} with heads of {width} channels "
+                f"({str(error).strip().splitlines()[0]}): use auto"
+            ) from error

@@ -45,6 +45,7 @@ def plan_text(trainer: Trainer) -> str:
             "device": f"{processes} x {trainer.accelerator.device.type}"
             f"{', the weights sharded over them (FSDP2)' * trainer.accelerator.shards}, network in "
             f"{trainer.accelerator.mixed_precision.replace('no', 'float32')}, seed {cfg.seed}",
+            "compile": trainer.compiled,
             "start": start_line(trainer.resumed),
             "changed": changed_line(trainer.resumed),
             "checkpoints": checkpoints_line(modules, cfg),

@@ -77,8 +77,8 @@ def missing_images(folder: Path, wanted: int, prompt: str) -> list[int]:
 def _draw(
     cfg: TrainConfig, accelerator: Accelerator, folder: Path, numbers: Sequence[int], trust: Collection[str]
 ) -> None:
-    plain = {"train": replace(cfg.train, compile=False), "sample": replace(cfg.sample, autoguidance=None)}
-    cfg = replace(cfg, **plain, cache=Cache())
+    train = replace(cfg.train, compile="off", cuda_graphs=False)
+    cfg = replace(cfg, train=train, sample=replace(cfg.sample, autoguidance=None), cache=Cache())
     modules = build_modules(cfg, SimpleNamespace(class_names=None), accelerator.device, global_batch=1, trust=trust)
     parts = (modules.unet.eval(), modules.space, modules.conditioner, modules.objective.scheduler)
     pipeline = build_pipeline(*parts, cfg)

@@ -15,10 +15,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from torch.distributed import DistError, DistStoreError, PrefixStore, TCPStore
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finetune import tracking
 from finetune.config import Train, TrainConfig
@@ -27,7 +33,16 @@ from finetune.signals import SIGNALS
 from finetune.watchdog import bounded
 
 UNITS = {"ResnetBlock2D", "BasicTransformerBlock"}
-"""The layers of a UNet whose parameters FSDP2 gathers together; what is in none of them is gathered first."""
+"""The layers that a UNet repeats: FSDP2 gathers the parameters of each together, and what is in none of them first;
+train.compile blocks compiles each."""
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""The kernels of attention by their names in train.sdpa_backend."""
+COMPRESSION = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 BEAT = 0.25
 """Seconds between two signs of life of a process."""
 
@@ -127,10 +142,12 @@ class Lifeline:
 class Processes(Accelerator):
     """Accelerate's devices, processes and precision, where waiting for another process lasts as long as that lives."""
 
-    def __init__(self, *, timeout: float, **settings: Any) -> None:
-        """timeout: seconds after which a collective fails, and a process without a sign of life counts as dead."""
+    def __init__(self, *, timeout: float, compression: str = "none", **settings: Any) -> None:
+        """timeout: seconds after which a collective fails, and a process without a sign of life counts as dead.
+        compression: of the gradients between processes, a key of COMPRESSION."""
         group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
-        super().__init__(kwargs_handlers=[group], **settings)
+        ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=COMPRESSION[compression])
+        super().__init__(kwargs_handlers=[group, ddp], **settings)
         self._shard_on_the_cpu_too()
         self.lifeline: Lifeline | None = None
         if self.num_processes > 1:
@@ -234,6 +251,7 @@ def build_accelerator(cfg: TrainConfig) -> Processes:
             # Or torchrun and notebook_launcher without a GPU start separate runs of one process each.
             cpu=not torch.accelerator.is_available(),
             timeout=60 * cfg.train.timeout_minutes,
+            compression=cfg.train.gradient_compression,
             mixed_precision=cfg.train.mixed_precision,
             log_with=tracking.trackers(cfg.tracking) or None,
             project_dir=Path(cfg.output_dir) / "logs",
@@ -250,8 +268,24 @@ def build_accelerator(cfg: TrainConfig) -> Processes:
         )
     if accelerator.shards:
         check_sharding(accelerator, cfg)
+    check_levers(accelerator, cfg.train)
     accelerator.gradient_accumulation_steps = 1  # accumulated by the loop, in windows that do not end with an epoch
     return accelerator
+
+
+def check_levers(accelerator: Processes, cfg: Train) -> None:
+    """Raise ConfigError for what this launch cannot do, or could only do nothing with."""
+    if cfg.gradient_compression != "none" and accelerator.num_processes == 1:
+        raise ConfigError(
+            f"train.gradient_compression {cfg.gradient_compression}: a single process sends no gradients: use none"
+        )
+    if cfg.cuda_graphs and accelerator.device.type != "cuda":
+        raise ConfigError("train.cuda_graphs: there is no CUDA device here: use false")
+    if cfg.cuda_graphs and (cfg.gradient_accumulation_steps or 1) > 1:
+        raise ConfigError(
+            f"train.cuda_graphs: with gradient_accumulation_steps {cfg.gradient_accumulation_steps} the replay of a "
+            "micro-step would overwrite the gradients of the one before: use 1, or cuda_graphs false"
+        )
 
 
 def check_sharding(accelerator: Processes, cfg: TrainConfig) -> None:
@@ -260,7 +294,8 @@ def check_sharding(accelerator: Processes, cfg: TrainConfig) -> None:
         raise ConfigError("fsdp_version 1 is not supported: set fsdp_version: 2, as configs/accelerate/fsdp2.yaml does")
     if accelerator.mixed_precision == "fp16":
         raise ConfigError("train.mixed_precision: fp16 does not go with FSDP2: use bf16 or no")
-    settings = {"train.compile": cfg.train.compile, "train.channels_last": cfg.train.channels_last}
+    settings = {"train.compile": cfg.train.compile != "off", "train.channels_last": cfg.train.channels_last}
+    settings |= {"train.gradient_compression": cfg.train.gradient_compression != "none"}
     settings |= {"ema.snapshot_every": cfg.ema.snapshot_every, "sample.autoguidance": cfg.sample.autoguidance}
     settings |= {"optimizer.kind": cfg.optimizer.kind != "adamw"}
     settings |= {"lora": cfg.lora, "train.train_text_encoder": cfg.train.train_text_encoder}
@@ -268,12 +303,21 @@ def check_sharding(accelerator: Processes, cfg: TrainConfig) -> None:
         raise ConfigError(f"{' and '.join(refused)}: does not go with FSDP2, remove it or launch without FSDP")
 
 
+_ATTENTION = contextlib.ExitStack()
+"""Closed, torch chooses the kernels of attention as it does by default: a process may train several times."""
+
+
 def set_kernels(cfg: Train) -> None:
-    """Let torch use the kernels that cfg.train allows, on every device of this process."""
+    """Let torch use the kernels that cfg.train allows, on every device of this process, and none of a run before."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.allow_tf32
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS, by its own error
     torch.use_deterministic_algorithms(cfg.deterministic)
+    torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
+    _ATTENTION.close()
+    if cfg.sdpa_backend != "auto":  # `modules.check_attention` shows that the UNet gets the first of them
+        wanted = [SDPA[cfg.sdpa_backend], SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        _ATTENTION.enter_context(sdpa_kernel(wanted, set_priority=True))
 
 
 def average_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from finetune import checkpoint
 from finetune.checkpoint import Checkpoint
 from finetune.config import TrainConfig
+from finetune.config_train import FORMER_COMPILE
 from finetune.config_tree import SETTINGS, nearest
 from finetune.data_changes import changes as changes_of_rows
 from finetune.errors import CheckpointError, ConfigError, DataError
@@ -113,7 +114,12 @@ def run_facts_of(trainer: Trainer) -> RunFacts:
     """What a checkpoint of `trainer` keeps of its run."""
     cfg, facts = trainer.cfg, run_facts(trainer.cfg)
     split = {"accumulation": trainer.accumulation, "micro_batch": trainer.micro_batch}
-    kernels = {name: getattr(cfg.train, name) for name in ("channels_last", "compile", "gradient_checkpointing")}
+    kernels = {name: getattr(cfg.train, name) for name in ("channels_last", "compile")}
+    chosen = cfg.train.gradient_checkpointing
+    kernels |= {"gradient_checkpointing": chosen if isinstance(chosen, bool) else list(chosen)}
+    # Those that came later only where they are chosen: checkpoints of before do not hold them.
+    later = {name: getattr(cfg.train, name) for name in ("cuda_graphs", "cudnn_benchmark", "sdpa_backend")}
+    kernels |= {name: value for name, value in later.items() if value not in (False, "auto")}
     return RunFacts(
         settings=run_settings(
             cfg,
@@ -133,7 +139,10 @@ def resume(trainer: Trainer, found: Checkpoint) -> Resumed:
     run; CheckpointError if it is older than one that stands in output_dir, or of another network.
     """
     cfg, now = trainer.cfg, trainer.facts
-    then = RunFacts(settings=found.state["settings"], machine=found.state["machine"])
+    then = RunFacts(
+        settings=_as_called_today(found.state["settings"], "train.compile"),
+        machine=_as_called_today(found.state["machine"], "compile"),
+    )
     differ = changes(then.settings, now.settings, allow=cfg.allow_change)
     if differ.fixed or differ.asked:
         raise ConfigError(_refusal(found.path, differ, then, now) + _rows_in_words(found, trainer.data, differ))
@@ -154,6 +163,12 @@ def resume(trainer: Trainer, found: Checkpoint) -> Resumed:
     if cfg.checkpoint.best_metric in found.state.get("best_metric", ()):
         trainer.saver.note(found.state["best_metric"])
     return Resumed(found, _lines([*differ.allowed, *differ.free], then, now), _promise(differ, then, now))
+
+
+def _as_called_today(values: Mapping[str, Any], compile_name: str) -> Mapping[str, Any]:
+    """Facts that a checkpoint kept, where train.compile was once true or false."""
+    was = values.get(compile_name)
+    return {**values, compile_name: FORMER_COMPILE[was]} if isinstance(was, bool) else values
 
 
 def _refusal(path: Path, differ: Changes, then: RunFacts, now: RunFacts) -> str:

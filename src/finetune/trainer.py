@@ -17,6 +17,7 @@ from finetune import tracking
 from finetune.batching import Batch, make_loader, on_device
 from finetune.caches import fill_caches
 from finetune.class_images import with_class_images
+from finetune.compilation import eager, tried_out
 from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
 from finetune.data import open_data
@@ -122,6 +123,7 @@ class Trainer:
         """Whether the state is that after a step, and not half of the next."""
         self.stepper = Stepper(self)
         self.resumed = None if found is None else resume(self, found)
+        self.compiled = tried_out(self, self._loss)
 
     @property
     def step(self) -> int:
@@ -203,6 +205,8 @@ class Trainer:
         if self.modules.has_dropout:  # the one draw that torch makes for itself: keyed by batch, micro-step and process
             torch.manual_seed(key(self.cfg.seed, "dropout", self.state.batches, micro, self.accelerator.process_index))
         masked = {} if batch.mask is None else {"mask": batch.mask.to(self.accelerator.device, non_blocking=True)}
+        if self.cfg.train.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         terms = self.modules.objective.loss(bind(self.network, condition), x0, random, **masked)
         if batch.loss_weight is not None:
             terms = dataclasses.replace(terms, weight=terms.weight * to_device(batch.loss_weight, terms.weight.device))
@@ -276,7 +280,8 @@ class Trainer:
         """Inside, the UNet is in evaluation mode and holds the first average, if the run or its optimizer keeps one."""
         self.modules.unet.eval()
         try:
-            with self.ema.swapped_in() if self.ema else evaluation_weights(self.optimizer.optimizer):
+            averages = self.ema.swapped_in() if self.ema else evaluation_weights(self.optimizer.optimizer)
+            with eager(self.cfg.train), averages:
                 yield
         finally:
             self.modules.unet.train()
