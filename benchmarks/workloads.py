@@ -55,15 +55,23 @@ class Workload:
 
 def make(name: str, root: Path) -> Workload:
     """Make one of WORKLOADS in the folder `root`, always the same."""
-    size, batch, count, build = WORKLOADS[name]
+    workload = described(name, root)
+    *_, count, build = WORKLOADS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        build(root / "model")
-    return Workload(name, root / "model", pictures(root / "images", count=count, size=size), size, batch)
+        build(workload.model)
+    pictures(workload.images, count=count, size=workload.resolution)
+    return workload
 
 
-def pictures(folder: Path, *, count: int, size: int) -> Path:
-    """`count` PNG files of size x size pixels, and metadata.jsonl with their captions; returns the folder."""
+def described(name: str, root: Path) -> Workload:
+    """The one that `make` made in `root`."""
+    size, batch, *_ = WORKLOADS[name]
+    return Workload(name, root / "model", root / "images", size, batch)
+
+
+def pictures(folder: Path, *, count: int, size: int) -> None:
+    """`count` PNG files of size x size pixels, and metadata.jsonl with their captions."""
     folder.mkdir(parents=True)
     lines = []
     for number in range(count):
@@ -73,7 +81,6 @@ def pictures(folder: Path, *, count: int, size: int) -> Path:
         text = f"{random.choice(COLOURS)} {random.choice(THINGS)} over {random.choice(COLOURS)} {random.choice(THINGS)}"
         lines.append(json.dumps({"file_name": f"{number:05}.png", "text": text}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
-    return folder
 
 
 def unet64(folder: Path) -> None:
