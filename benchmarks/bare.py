@@ -9,12 +9,12 @@ contenders of throughput.py.
 """
 
 import argparse
-import contextlib
 import itertools
 from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+
 from workloads import Workload, described
 
 TOKENS = 77
@@ -25,7 +25,8 @@ class Bare:
 
     def __init__(self, workload: Workload, *, ema: bool = False, precision: str = "no") -> None:
         """precision: no or bf16, for the network alone."""
-        self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        on_gpu = torch.accelerator.is_available()
+        self.device = torch.accelerator.current_accelerator() if on_gpu else torch.device("cpu")
         if workload.pretrained:
             unet = UNet2DConditionModel.from_pretrained(workload.model / "unet")
         else:
@@ -60,8 +61,7 @@ class Bare:
         noise = torch.randn_like(self.x0)
         timesteps = torch.randint(0, 1000, (len(self.x0),), device=self.device)
         noisy = self.scheduler.add_noise(self.x0, noise, timesteps)
-        half = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
-        with half:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             predicted = self.unet(noisy, timesteps, **self.conditions).sample
         loss = torch.nn.functional.mse_loss(predicted.float(), noise)
         loss.backward()

@@ -5,9 +5,10 @@
 The work is that of workloads.py, the same for all: data, model, batch, precision, AdamW, clipping, a scalar per step to
 TensorBoard. `ours` is train_unet.py as a user runs it, with caches for the latent workloads; `bare` is bare.py; the
 scripts are train_unconditional.py (with and without EMA), train_text_to_image.py and train_text_to_image_sdxl.py of the
-given checkout of diffusers, run as they are. All of a workload train at the same time and take turns (turns.py): a round
-is --seconds of each. The ratio is that of one round, the table shows the median over the rounds, lowest and highest;
-beside it the median of the ratio by processor time, which another load on the machine disturbs less (CPU only).
+given checkout of diffusers, run as they are. The contenders of a workload are started together and take turns (turns.py):
+a round is --seconds of each. The ratio is that of a round; the table has its median over the rounds, lowest and highest,
+and the median of the ratio by processor time, which other loads on the machine disturb less. `memory` is the ratio of the
+largest resident sets, of which ours has filled the caches; goal: at most 1.
 `trainer.train_step` beside `Bare.step`: the same two, in one process, in alternating blocks of --block steps.
 """
 
@@ -17,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def options(workload: Workload, folder: Path, *, ema: bool, precision: str) -> l
     """The options of our trainer for a workload: one that goes on for ever and neither samples nor saves meanwhile."""
     shared = [
         "--output_dir", str(folder), "--train_data_dir", str(workload.images), "--resolution",
-        str(workload.resolution), "--center_crop", "--global_batch_size", str(workload.batch), "--train.mixed_precision",
+        str(workload.resolution), "--center_crop", "--global_batch_size", str(workload.batch), "--mixed_precision",
         precision, "--max_train_steps", FOR_EVER, "--checkpointing_steps", FOR_EVER, "--log_every", "1", "--report_to",
         "tensorboard", "--lr_scheduler", "constant", "--lr_warmup_steps", "0", "--learning_rate", "1e-5",
         "--num_inference_steps", "1", "--num_images", "1", "--use_ema", str(ema).lower(),
@@ -127,8 +128,8 @@ def add(report: Report, figure: str, ours: list[tuple], theirs: list[tuple], **m
 def side_by_side(workload: Workload, folder: Path, asked: argparse.Namespace, report: Report) -> None:
     """`trainer.train_step` and `Bare.step` in this process, in blocks in turns; adds a figure."""
     import torch
-    from bare import Bare
 
+    from bare import Bare
     from finetune.config_io import load
     from finetune.meter import Meter
     from finetune.trainer import Trainer

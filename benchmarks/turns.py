@@ -68,6 +68,12 @@ class Contender:
         self._runs.append(self._runs[-1])
         self._signal(signal.SIGCONT)
 
+    def finish_step(self) -> None:
+        """A turn to the end of the step that the last one cut."""
+        self.go_on()
+        self.wait_for(len(self.steps()) + 1)
+        self.stop()
+
     def speeds(self, rounds: int) -> list[tuple[float, float]]:
         """Of each of the `rounds` turns after the warm-up: images per second, and per second of processor time."""
         done = np.interp(self.steps(), self._walls, self._runs)
@@ -130,8 +136,6 @@ def take_turns(contenders: Mapping[str, Contender], *, rounds: int, seconds: flo
             contender.go_on()
             time.sleep(seconds)
             contender.stop()
-    for contender in contenders.values():  # to the end of the step that the last turn cut
-        contender.go_on()
-        contender.wait_for(len(contender.steps()) + 1)
-        contender.stop()
+    for contender in contenders.values():
+        contender.finish_step()
     return {name: contender.speeds(rounds) for name, contender in contenders.items()}

@@ -9,6 +9,7 @@ Pictures are seeded, smooth and coloured, in a folder with metadata.jsonl.
 """
 
 import json
+import os
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,12 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from finetune.config import TrainConfig
+from finetune.config_io import load
+
+ROOT = Path(__file__).resolve().parents[1]
+CHANNELS = {20: (128, 224, 224), 50: (160, 320, 384), 200: (320, 640, 768)}
+"""Of UNets of about so many million parameters, for `sized`."""
 WIDTH = 128  # of each text encoder
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 SHAPE = {"block_out_channels": (32, 32, 64, 128, 128, 224)}
@@ -184,3 +191,21 @@ WORKLOADS: dict[str, tuple[int, int, int, Callable[[Path], None]]] = {
     "mini-sdxl": (256, 4, 64, mini_sdxl),
 }
 """By name: side of the images in pixels, images per step, images in all, and what saves the model."""
+
+
+def digits(folder: Path, *extra: str) -> TrainConfig:
+    """The digits recipe in a folder of its own, without pictures and loader processes."""
+    os.chdir(ROOT)
+    quiet = ["--sample.sample_every", "null", "--dataloader_num_workers", "0"]
+    return load(["--config", "configs/train/digits.yaml", "--output_dir", str(folder), *quiet, *extra])
+
+
+def sized(folder: Path, millions: int, *extra: str) -> TrainConfig:
+    """A UNet2DModel of about `millions` million parameters on the pixels of the digits, 32x32, four images a step."""
+    model = [
+        "--model.kind", "unet2d", "--model.block_out_channels", *map(str, CHANNELS[millions]), "--layers_per_block",
+        "2", "--down_block_types", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "--up_block_types", "UpBlock2D",
+        "AttnUpBlock2D", "UpBlock2D", "--space.kind", "pixel", "--conditioning.kind", "none", "--prompts=[]",
+        "--train.global_batch_size", "4", "--guidance_scale", "1",
+    ]  # fmt: skip
+    return digits(folder, *model, *extra)
