@@ -2,10 +2,10 @@
 
     python benchmarks/overhead.py [--steps 10] [--repeats 3]
 
-Shares of the time of a step, as `Trainer.fit` makes it (by default with a line to metrics.jsonl and TensorBoard every 10
-steps), medians over --repeats times --steps steps: of the digits recipe, of a Stable Diffusion of 20 M parameters with
-cached latents and texts (workloads.mini-sd), and of a UNet2DModel of 50 M parameters. The functions that do these things
-are timed inside the step, on a GPU between synchronisations.
+Shares of the time of a step, as `Trainer.fit` makes it (by default with a line to metrics.jsonl and TensorBoard every
+10 steps), medians over --repeats times --steps steps: of the digits recipe, of a Stable Diffusion of 20 M parameters
+with cached latents and texts (workloads.mini-sd), and of a UNet2DModel of 50 M parameters. The functions that do these
+things are timed inside the step, on a GPU between synchronisations.
 
 ema         one average
 clipping    the norm of the gradients, and their scaling

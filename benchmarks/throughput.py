@@ -5,10 +5,10 @@
 The work is that of workloads.py, the same for all: data, model, batch, precision, AdamW, clipping, a scalar per step to
 TensorBoard. `ours` is train_unet.py as a user runs it, with caches for the latent workloads; `bare` is bare.py; the
 scripts are train_unconditional.py (with and without EMA), train_text_to_image.py and train_text_to_image_sdxl.py of the
-given checkout of diffusers, run as they are. The contenders of a workload are started together and take turns (turns.py):
-a round is --seconds of each. The ratio is that of a round; the table has its median over the rounds, lowest and highest,
-and the median of the ratio by processor time, which other loads on the machine disturb less. `memory` is the ratio of the
-largest resident sets, of which ours has filled the caches; goal: at most 1.
+given checkout of diffusers, run as they are. The contenders of a workload are started together and take turns
+(turns.py): a round is --seconds of each. The ratio is that of a round; the table has its median over the rounds, lowest
+and highest, and the median of the ratio by processor time, which other loads on the machine disturb less. `memory` is
+the ratio of the largest resident sets, where ours has filled the caches besides; goal: at most 1.
 `trainer.train_step` beside `Bare.step`: the same two, in one process, in alternating blocks of --block steps.
 """
 
