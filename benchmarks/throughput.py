@@ -140,7 +140,7 @@ def side_by_side(workload: Workload, folder: Path, asked: argparse.Namespace, re
     batches, bare = iter(trainer.loader()), Bare(workload, ema=ema, precision=asked.precision)
     steps = {"ours": lambda: trainer.train_step(batches, meter), "bare": bare.step}
     speeds: dict[str, list[tuple]] = {name: [] for name in steps}
-    for number in range(1 + 2 * asked.rounds):
+    for number in range(1 + asked.rounds):  # the first is the warm-up
         for name in list(steps) if number % 2 == 0 else reversed(steps):
             begin, began = time.perf_counter(), time.process_time()
             for _ in range(asked.block):
