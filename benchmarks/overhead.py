@@ -43,13 +43,16 @@ GOAL = 0.03  # of together, at 50 M parameters
 class Stopwatch:
     """Adds up the time inside functions, replaced by timed ones; nested calls count once."""
 
-    def __init__(self) -> None:
-        self.seconds, self.calls, self._depth = 0.0, 0, 0
+    def __init__(self, within: "Stopwatch | None" = None) -> None:
+        """within: count only what happens inside the functions of that one."""
+        self.seconds, self.calls, self._depth, self._within = 0.0, 0, 0, within
 
     def timed(self, function: Callable) -> Callable:
         """`function`, with its time added up here."""
 
         def run(*args, **kwargs):
+            if self._within is not None and not self._within._depth:
+                return function(*args, **kwargs)
             start = now() if not self._depth else 0.0
             self._depth += 1
             try:
@@ -125,6 +128,7 @@ class Loop:
     def shares(self, steps: int) -> dict[str, float]:
         """Of the time of `steps` steps, by part; and the milliseconds of one."""
         watches = {name: Stopwatch() for name in self.places()}
+        watches["inside"] = Stopwatch(watches["accelerate"])
         with ExitStack() as stack:
             for name, places in self.places().items():
                 stack.enter_context(replaced(watches[name], *places))
