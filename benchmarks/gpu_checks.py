@@ -17,7 +17,7 @@ from finetune.config import TrainConfig
 from finetune.meter import Meter
 from finetune.trainer import Trainer
 from gaps import Trace
-from gpu_runs import GPU, Ours, forget_accelerate
+from gpu_runs import GPU, forget_accelerate
 
 STEPS = 20
 EAGER: dict[str, tuple[dict[str, Any], str, float]] = {
@@ -130,7 +130,7 @@ def _small(bench: Any, name: str, train: dict[str, Any]) -> tuple[Trainer, Meter
             "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
         },
         "train": {"max_train_steps": 10**6, "global_batch_size": 2 if bench.asked.tiny else 8, "mixed_precision": "no"}
-        | Ours.known(train),
+        | train,
         "optimizer": {"learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0},
         "ema": {"use_ema": True},
         "tracking": {"report_to": "none", "log_every": 1},

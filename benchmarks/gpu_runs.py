@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import json
 import os
@@ -20,22 +19,14 @@ from pydantic import TypeAdapter
 import shapes
 import standins
 from figures import middle
-from finetune.config import Train, TrainConfig
+from finetune.batching import on_device
+from finetune.config import TrainConfig
 from finetune.meter import Meter
 from finetune.models import bind
 from finetune.seeding import PositionRandom
 from finetune.trainer import Trainer
 from finetune.watchdog import patiently
 from peer import Peer
-
-try:
-    from finetune.batching import on_device
-except ImportError:  # until batches travel ahead of the steps: to be removed
-
-    def on_device(batches: Any, device: torch.device) -> Any:
-        """The same batches."""
-        return batches
-
 
 ROUNDS = 5
 BLOCK_SECONDS = 1.0
@@ -133,16 +124,9 @@ class Ours:
         if not GPU:  # where the others gain nothing, and take long
             levers = {name: value for name, value in levers.items() if name == "channels_last"}
         self._before, self.own, self.peak = _allocated(), 0, 0
-        self.trainer = Trainer(place.config(folder, self.known(levers) | {"global_batch_size": batch}))
+        self.trainer = Trainer(place.config(folder, levers | {"global_batch_size": batch}))
         self.meter = Meter(self.trainer.accelerator, self.trainer.modules.objective)
         self._open = contextlib.ExitStack()
-
-    @staticmethod
-    def known(train: dict[str, Any]) -> dict[str, Any]:
-        """Until train.compile is a choice and train.cuda_graphs a setting: to be removed, with its two callers."""
-        names = {field.name for field in dataclasses.fields(Train)}
-        old = "cuda_graphs" not in names
-        return {k: bool(v) if k == "compile" and old else v for k, v in train.items() if k in names}
 
     def take(self, batch: int) -> Ours:
         """Take batches of this size from now on, and make the first two steps, in which kernels are chosen."""

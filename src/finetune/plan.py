@@ -258,7 +258,7 @@ def memory_line(modules: Modules, cfg: TrainConfig, *, sharded_over: int = 1) ->
     """What lies on each device whatever the batch; frozen models whose output is cached do not."""
     sizes = {
         "weights": sum(p.numel() * p.element_size() for module in modules.resident for p in module.parameters()),
-        "gradients": 4 * count_of(modules.trained),
+        "gradients": 0 if cfg.train.fused_backward else 4 * count_of(modules.trained),
         "optimizer": optimizer_size(modules, cfg),
         "averages": averages_size(modules, cfg),
     }
