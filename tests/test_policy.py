@@ -16,6 +16,7 @@ IDS = [path.relative_to(ROOT / "src" / "finetune").as_posix() for path in SOURCE
 # From the bottom to the top: a module imports from its own line and the lines before it.
 LAYERS = [
     {"redaction", "errors", "config_types", "hub_worker", "own_code", "frechet", "plots", "data_changes", "sharding"},
+    {"host_memory"},
     {"transfer"},
     {"config_foundation"},
     {"config_choices", "config_captions", "config_data", "config_levels", "config_objective", "config_sample"},

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from finetune import tracking
 from finetune.config import Train, TrainConfig
 from finetune.errors import ConfigError, ProcessError
+from finetune.host_memory import keep_freed_memory
 from finetune.signals import SIGNALS
 from finetune.watchdog import bounded
 
@@ -309,6 +310,8 @@ _ATTENTION = contextlib.ExitStack()
 
 def set_kernels(cfg: Train) -> None:
     """Let torch use the kernels that cfg.train allows, on every device of this process, and none of a run before."""
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.allow_tf32
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS, by its own error
