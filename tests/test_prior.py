@@ -222,7 +222,7 @@ def test_the_loss_is_that_of_the_subject_and_weighted_that_of_the_class(cfg):
         trainer = Trainer(replace(cfg, prior=replace(cfg.prior, weight=weight)))
         batch = next(iter(trainer.loader()))
         with torch.no_grad():
-            terms = trainer._loss(batch, 0).terms
+            terms = trainer._loss(batch, 0)[0].terms
         return batch, terms
 
     batch, terms = first(0.25)

@@ -372,7 +372,7 @@ def test_an_output_dir_that_is_renamed_is_not_made_anew(tmp_path):
 
         def train_step(batches, meter):
             taken = step(batches, meter)
-            if trainer.step == 3:
+            if trainer.state.batches == 3:
                 Path(cfg.output_dir).rename(tmp_path / "elsewhere")
             return taken
 
