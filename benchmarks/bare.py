@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
+from finetune.host_memory import keep_freed_memory
 from workloads import Workload, described
 
 TOKENS = 77
@@ -26,6 +27,8 @@ class Bare:
     def __init__(self, workload: Workload, *, ema: bool = False, precision: str = "no") -> None:
         """precision: no or bf16, for the network alone."""
         on_gpu = torch.accelerator.is_available()
+        if not on_gpu:
+            keep_freed_memory()
         self.device = torch.accelerator.current_accelerator() if on_gpu else torch.device("cpu")
         if workload.pretrained:
             unet = UNet2DConditionModel.from_pretrained(workload.model / "unet")

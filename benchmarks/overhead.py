@@ -30,10 +30,12 @@ from tqdm import tqdm
 
 from figures import Report, parser
 from finetune import data, images, order, seeding, tracking
+from finetune.batching import on_device
 from finetune.config import TrainConfig
 from finetune.config_io import load
 from finetune.meter import Meter
 from finetune.trainer import Trainer
+from finetune.watchdog import patiently
 from throughput import options
 from workloads import digits, make, sized
 
@@ -94,7 +96,7 @@ class Loop:
         self.meter = Meter(trainer.accelerator, trainer.modules.objective)
         self.tracker = tracking.Tracker(trainer.accelerator, cfg, resumed_step=-1)
         self.bar = tqdm(total=trainer.steps, file=io.StringIO())
-        self.loaded = iter(trainer.loader())
+        self.loaded = on_device(patiently(trainer.loader(), 600), trainer.accelerator.device)
 
     def step(self) -> None:
         """One step, and its line if one is due."""

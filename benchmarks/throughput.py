@@ -130,14 +130,17 @@ def side_by_side(workload: Workload, folder: Path, asked: argparse.Namespace, re
     import torch
 
     from bare import Bare
+    from finetune.batching import on_device
     from finetune.config_io import load
     from finetune.meter import Meter
     from finetune.trainer import Trainer
+    from finetune.watchdog import patiently
 
     ema = not workload.pretrained
     trainer = Trainer(load(options(workload, folder / "side", ema=ema, precision=asked.precision)))
     meter = Meter(trainer.accelerator, trainer.modules.objective)
-    batches, bare = iter(trainer.loader()), Bare(workload, ema=ema, precision=asked.precision)
+    batches = on_device(patiently(trainer.loader(), 600), trainer.accelerator.device)
+    bare = Bare(workload, ema=ema, precision=asked.precision)
     steps = {"ours": lambda: trainer.train_step(batches, meter), "bare": bare.step}
     speeds: dict[str, list[tuple]] = {name: [] for name in steps}
     for number in range(1 + asked.rounds):  # the first is the warm-up

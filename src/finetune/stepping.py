@@ -124,7 +124,8 @@ class Stepper:
 def clipped(trainer: Trainer) -> Tensor:
     """The norm of all gradients, which are then scaled down to train.max_grad_norm; a scalar on the device. DDP has
     averaged the gradients, so that it is the same on every process, and with it what is decided by it."""
-    average_gradients(trainer.accelerator, trainer.modules.beside.values())  # DDP averages those of the network only
+    if trainer.accelerator.num_processes > 1:  # DDP averages those of the network only
+        average_gradients(trainer.accelerator, trainer.modules.beside.values())
     max_norm = trainer.cfg.train.max_grad_norm or math.inf
     norm = trainer.accelerator.clip_grad_norm_(list(trainer.parameters.values()), max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
