@@ -56,8 +56,8 @@ class Report:
         """Print the table; docs: put it into docs/performance.md, in the place of the last one of this name."""
         print(f"\n{self.table()}")
         if docs:
-            part = re.compile(rf"(<!-- {self.name} -->\n).*?(\n<!-- end -->)", re.S)
-            text, found = part.subn(lambda m: m[1] + self.table() + m[2], PAGE.read_text("utf-8"))
+            part = re.compile(rf"(<!-- {self.name} -->\n).*?(<!-- end -->)", re.S)
+            text, found = part.subn(lambda m: m[1] + self.table() + "\n" + m[2], PAGE.read_text("utf-8"))
             assert found == 1, f"{PAGE} has no place for {self.name}"
             PAGE.write_text(text, "utf-8")
 

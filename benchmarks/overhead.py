@@ -100,9 +100,9 @@ class Loop:
 
     def step(self) -> None:
         """One step, and its line if one is due."""
-        self.trainer.train_step(self.meter.waiting(iter(self.load, None)), self.meter)
+        taken = self.trainer.train_step(self.meter.waiting(iter(self.load, None)), self.meter)
         self.bar.update(self.trainer.step - self.bar.n)
-        if tracking.due(self.trainer.step, self.trainer.cfg.tracking.log_every, self.trainer.steps):
+        if taken and tracking.due(self.trainer.step, self.trainer.cfg.tracking.log_every, self.trainer.steps):
             self.tracker.log(tracking.line_of(self.trainer, self.meter, self.bar), step=self.trainer.step)
 
     def load(self) -> object:

@@ -6,6 +6,7 @@ Exits with 1, naming them, if a test fails or if arrays of tests/golden/ are nei
 in NOT_OFFERED. About a minute on one core.
 """
 
+import argparse
 import fnmatch
 import json
 import os
@@ -107,6 +108,7 @@ share a line, both are those of the one that deviates most, compared to its tole
 
 def main() -> int:
     """Run the tests, write the page; returns the exit code."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ[RECORD] = str(Path(folder) / "record.jsonl")
         files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "from golden_numbers" in path.read_text())

@@ -14,7 +14,7 @@ from finetune import checkpoint, posthoc
 from finetune.cli import main
 from finetune.config import Ema as EmaConfig
 from finetune.config_io import load_text
-from finetune.ema import Ema, drop_snapshots_after, gamma_of
+from finetune.ema import Ema, drop_snapshots_after, gamma_of, refuse_unmoved
 from finetune.errors import CheckpointError, ConfigError
 from forked import log, run, state
 from golden_numbers import compare
@@ -426,3 +426,10 @@ def test_command_refuses(finished, tmp_path, capsys):
         assert main(["ema", finished.output_dir, "--out", str(tmp_path / "out"), *options]) == 2
         assert problem in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_averages_that_would_never_move_are_refused():
+    refuse_unmoved(EmaConfig(use_ema=True, update_every=20), 20)
+    refuse_unmoved(EmaConfig(), 1)
+    with pytest.raises(ConfigError, match="the run has 19 steps, so the averages would never move: use at most 19"):
+        refuse_unmoved(EmaConfig(use_ema=True, update_every=20), 19)

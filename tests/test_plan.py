@@ -1,5 +1,6 @@
 """The first screen says what the run will do, in numbers that the run then keeps."""
 
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -76,6 +77,10 @@ def test_projected_memory_is_what_is_held(tmp_path, kind):
         assert float(re.search(rf"{name} ([\d.e-]+)", line)[1]) == pytest.approx(size, rel=0.02), name
     half = memory_line(trainer.modules, trainer.cfg, sharded_over=2)
     assert float(half.split()[0]) == pytest.approx(float(line.split()[0]) / 2, rel=0.02)
+    guide = torch.nn.Linear(1000, 1000)  # frozen models lie whole on each device
+    whole = memory_line(dataclasses.replace(trainer.modules, guide=guide), trainer.cfg, sharded_over=2)
+    added = sum(p.numel() * p.element_size() for p in guide.parameters()) / 1e9
+    assert float(whole.split()[0]) == pytest.approx(float(half.split()[0]) + added, rel=0.02)
 
 
 def test_projected_size_is_the_size_that_is_written(trainer):

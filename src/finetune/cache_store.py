@@ -27,7 +27,7 @@ import secrets
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,9 @@ class Records:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the end of Python, `os` may be gone
         for descriptor in self.__dict__.get("_files", {}).values():
-            os.close(descriptor)
+            close(descriptor)
 
     def read(self, shard: int, index: int) -> tuple[np.ndarray, tuple[int, ...]]:
         """The data of a record, as it is stored, and its sizes. Raises DataError if it is not what was written."""

@@ -71,7 +71,7 @@ def tried_out(trainer: Trainer, loss: Callable[[Batch, int], tuple[MicroBatch, t
     batch = loader.collate_fn(loader.dataset.__getitems__(next(iter(loader.batch_sampler))))  # without its processes
     with eager(cfg):
         try:
-            uncompiled = [_seconds(trainer, loss, batch) for _ in range(2)][-1]
+            uncompiled = min(_seconds(trainer, loss, batch) for _ in range(3))
         except torch.OutOfMemoryError:  # which compiling may well be there to avoid
             uncompiled = math.inf
     with accelerator.local_main_process_first():  # the others find its graphs on the disk
@@ -82,14 +82,18 @@ def tried_out(trainer: Trainer, loss: Callable[[Batch, int], tuple[MicroBatch, t
                 f"train.compile {cfg.compile}: torch cannot compile the UNet here: {_reason(error)}. Install what is "
                 "missing (on a CPU a C++ compiler, such as g++), or set train.compile off"
             ) from error
-    compiled = [_seconds(trainer, loss, batch) for _ in range(2)][-1]  # CUDA graphs are recorded in the first of them
+    compiled = min(_seconds(trainer, loss, batch) for _ in range(3))  # CUDA graphs are recorded in the first of them
     shapes = len(trainer.data.facts["buckets"]["images"]) if trainer.data.facts.get("buckets") else 1
     words = f"{cfg.compile}: compiled in {compiling:.0f} s" + f" for each of {shapes} shapes" * (shapes > 1)
     if math.isinf(uncompiled):
         return f"{words}; uncompiled, a pass does not fit into the memory"
     saved, left = trainer.accumulation * (uncompiled - compiled), trainer.steps - trainer.step
     steps = math.ceil(shapes * compiling / saved) if saved > 0 else math.inf
-    pays = f"pays off after {steps:,} of {left:,} steps" if steps < left else "does not pay off: set train.compile off"
+    pays = f"pays off after {steps:,} of {left:,} steps"
+    if math.isinf(steps):
+        pays = "never pays off: set train.compile off"
+    elif steps > left:
+        pays = f"would pay off after {steps:,} steps, and {left:,} are to come: set train.compile off"
     return f"{words}, a forward and backward pass takes {compiled / uncompiled:.2f} of the uncompiled time: {pays}"
 
 

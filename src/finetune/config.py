@@ -58,7 +58,7 @@ class Ema:
     """Power of the warm-up (3/4 as in train_unconditional)."""
     update_every: Count = 1
     """Optimizer steps between two moves of the averages, each by what as many single ones would come to if the weights
-    stood still: cheaper. What is saved or drawn in between takes the averages as they were moved last."""
+    stood still: cheaper. What is saved or drawn in between, and at the end, takes the averages as they moved last."""
     relative_widths: tuple[Width, ...] = ()
     """Averages by power functions (Karras et al. 2024), each by its width as a share of the steps done so far, such as
     0.05 and 0.1; at most 12**-0.5, which counts all steps alike."""

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
 
 from finetune.config_flags import ALREADY, REFUSED, RENAMED, SELECTS, SWITCHES
 from finetune.config_tree import LEAVES, SECTIONS, SETTINGS, closest, nearest
@@ -242,8 +245,9 @@ def _decode(path: str, words: list[str], name: str) -> object:
     types = {one for setting in settings for one in setting.types}
     if words == ["null"] and "NoneType" in types:
         return None
-    if "bool" in types and len(words) == 1 and words[0].lower() in ("true", "false"):
-        return words[0].lower() == "true"
+    if types >= {"bool", "tuple"} and len(words) == 1:  # a word is then not left to pydantic, to which it is a name
+        with suppress(ValidationError):
+            return TypeAdapter(bool).validate_python(words[0])
     if "tuple" in types and words:
         if len(words) == 1 and words[0].startswith("[") and words[0].endswith("]"):
             return _yaml(words[0], name)

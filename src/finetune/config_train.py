@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,12 +13,13 @@ from finetune.config_types import Count, Positive, PositiveOrZero, Words, sectio
 if TYPE_CHECKING:
     from finetune.config_optimizer import Optimizer
 
-FORMER_COMPILE = {False: "off", True: "unet"}
+FORMER_COMPILE = {"false": "off", "true": "unet"}
 """What train.compile is called today, by what it was when it could only be on or off."""
+BLOCK = re.compile(r"(down_blocks|up_blocks)\.\d+|mid_block")
 
 
 def _as_called_today(value: object) -> object:
-    return FORMER_COMPILE[value] if isinstance(value, bool) else value
+    return FORMER_COMPILE.get(str(value).lower(), value)
 
 
 @section
@@ -79,11 +81,16 @@ class Train:
                 f"({self.train_batch_size}, per process) both set the batch: give one of them"
             )
         if self.cuda_graphs and self.compile != "unet":
-            raise ValueError(f"train.cuda_graphs needs train.compile unet, not {self.compile}: set both, or neither")
+            raise ValueError(f"cuda_graphs needs compile unet, not {self.compile}: set both, or neither")
         if self.cudnn_benchmark and self.deterministic:
-            raise ValueError("train.cudnn_benchmark may choose other kernels each time: not with train.deterministic")
-        if self.gradient_checkpointing == ():
-            raise ValueError("train.gradient_checkpointing [] names no block: use false")
+            raise ValueError("cudnn_benchmark may choose other kernels each time: not with deterministic")
+        if not isinstance(self.gradient_checkpointing, bool):
+            names = self.gradient_checkpointing
+            if not names or not all(map(BLOCK.fullmatch, names)):
+                raise ValueError(
+                    f"gradient_checkpointing {' '.join(names) or '[]'}: use true, false, or names of blocks such as "
+                    "down_blocks.0, mid_block and up_blocks.3"
+                )
 
 
 def train_contradictions(train: Train, buckets: str) -> Iterator[tuple[str, str]]:

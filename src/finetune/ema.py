@@ -110,6 +110,16 @@ class Ema:
                 checkpoint.save(root, parts=parts, state=state)
 
 
+def refuse_unmoved(cfg: EmaConfig, steps: int) -> None:
+    """Raise ConfigError if a run of so many steps would end before the averages moved: it would export what it began
+    with."""
+    if cfg.use_ema and cfg.update_every > steps:
+        raise ConfigError(
+            f"ema.update_every {cfg.update_every}: the run has {steps} steps, so the averages would never move: use at "
+            f"most {steps}"
+        )
+
+
 def drop_snapshots_after(root: Path, step: int) -> None:
     """Delete the snapshots under `root` of steps that will be done again, as metrics.jsonl loses their lines.
 

@@ -123,8 +123,8 @@ def verify(pipeline: DiffusionPipeline, folder: Path, *, same_kernels: bool) -> 
     images = _draw(pipeline)
     # Beside the state of the optimizer, a device may have no room for both.
     devices = {component: next(original.parameters()).device for component, original in originals.items()}
-    _exchange(originals, copies, devices)
     try:
+        _exchange(originals, copies, devices)
         again = _draw(loaded)
     finally:
         _exchange(copies, originals, devices)
@@ -254,10 +254,11 @@ def _draw(pipeline: DiffusionPipeline) -> np.ndarray:
         options.pop("batch_size")  # a stock pipeline has no such argument
     steps = 1 if pipeline.scheduler.config.num_train_timesteps % 2 else 2
     generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    images = pipeline(num_inference_steps=steps, generator=generator, output_type="np", **options).images
-    if vae:
-        vae.disable_slicing()
-    return images
+    try:
+        return pipeline(num_inference_steps=steps, generator=generator, output_type="np", **options).images
+    finally:
+        if vae:
+            vae.disable_slicing()
 
 
 def _demand(condition: bool, difference: str) -> None:

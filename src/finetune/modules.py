@@ -206,7 +206,8 @@ def checkpoint_blocks(unet: UNet, which: bool | Sequence[str]) -> None:
     names += ["mid_block"] * (unet.mid_block is not None)
     if unknown := [name for name in which if name not in names]:
         raise ConfigError(
-            f"train.gradient_checkpointing: {', '.join(unknown)}: no such block; this UNet has {', '.join(names)}"
+            f"train.gradient_checkpointing: {', '.join(unknown)}: no such block; this UNet has {', '.join(names)}, and "
+            "true means all of them"
         )
     for name, module in unet.named_modules():
         if hasattr(module, "gradient_checkpointing"):  # as diffusers itself finds them

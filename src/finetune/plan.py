@@ -241,7 +241,8 @@ def averages_line(cfg: TrainConfig) -> str:
         parts.append(f"decay {', '.join(f'{d:g}' for d in ema.ema_max_decay)} ({ema.ema_warmup} warm-up)")
     if ema.relative_widths:
         parts.append(f"relative width {', '.join(f'{w:g}' for w in ema.relative_widths)}")
-    return f"{', '.join(parts)}; samples and export use the first"
+    often = f", moved every {ema.update_every:,} steps" * (ema.update_every > 1)
+    return f"{', '.join(parts)}{often}; samples and export use the first"
 
 
 def optimizer_size(modules: Modules, cfg: TrainConfig) -> int:
@@ -255,16 +256,20 @@ def averages_size(modules: Modules, cfg: TrainConfig) -> int:
 
 
 def memory_line(modules: Modules, cfg: TrainConfig, *, sharded_over: int = 1) -> str:
-    """What lies on each device whatever the batch; frozen models whose output is cached do not."""
+    """What lies on each device whatever the batch; frozen models whose output is cached do not.
+
+    sharded_over: processes that share all but the frozen models.
+    """
+    weights = {module: sum(p.numel() * p.element_size() for p in module.parameters()) for module in modules.resident}
+    unet = weights.pop(modules.unet)
     sizes = {
-        "weights": sum(p.numel() * p.element_size() for module in modules.resident for p in module.parameters()),
-        "gradients": 0 if cfg.train.fused_backward else 4 * count_of(modules.trained),
-        "optimizer": optimizer_size(modules, cfg),
-        "averages": averages_size(modules, cfg),
+        "weights": unet / sharded_over + sum(weights.values()),
+        "gradients": 0 if cfg.train.fused_backward else 4 * count_of(modules.trained) / sharded_over,
+        "optimizer": optimizer_size(modules, cfg) / sharded_over,
+        "averages": averages_size(modules, cfg) / sharded_over,
     }
-    total = sum(sizes.values()) / sharded_over / 1e9
-    parts = ", ".join(f"{name} {size / sharded_over / 1e9:,.3g}" for name, size in sizes.items() if size)
-    return f"{total:,.3g} GB on each device ({parts}), and activations on top"
+    parts = ", ".join(f"{name} {size / 1e9:,.3g}" for name, size in sizes.items() if size)
+    return f"{sum(sizes.values()) / 1e9:,.3g} GB on each device ({parts}), and activations on top"
 
 
 def checkpoints_line(modules: Modules, cfg: TrainConfig) -> str:

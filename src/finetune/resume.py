@@ -168,7 +168,7 @@ def resume(trainer: Trainer, found: Checkpoint) -> Resumed:
 def _as_called_today(values: Mapping[str, Any], compile_name: str) -> Mapping[str, Any]:
     """Facts that a checkpoint kept, where train.compile was once true or false."""
     was = values.get(compile_name)
-    return {**values, compile_name: FORMER_COMPILE[was]} if isinstance(was, bool) else values
+    return {**values, compile_name: FORMER_COMPILE[str(was).lower()]} if isinstance(was, bool) else values
 
 
 def _refusal(path: Path, differ: Changes, then: RunFacts, now: RunFacts) -> str:

@@ -109,7 +109,10 @@ class Rows:
 
     def without_images(self) -> Rows:
         """The same rows by the paths of their images alone, not of a stream: bytes take most of the time of a read."""
-        columns = (f"{self.image_column}.path", *self.caption_columns, self.label_column)
+        path = f"{self.image_column}.path"
+        if path in self.dataset.column_names:
+            raise DataError(f"cache.latents: the data have a column {path!r} too: rename it, or remove the setting")
+        columns = (path, *self.caption_columns, self.label_column)
         paths = self.dataset.flatten().select_columns(list(dict.fromkeys(filter(None, columns))))
         return replace(self, dataset=paths, low_res_column=None, mask_column=None)
 

@@ -21,7 +21,7 @@ from finetune.compilation import eager, tried_out
 from finetune.config import TrainConfig
 from finetune.config_launch import batch_plan
 from finetune.data import open_data
-from finetune.ema import Ema, drop_snapshots_after
+from finetune.ema import Ema, drop_snapshots_after, refuse_unmoved
 from finetune.errors import CheckpointError
 from finetune.failures import MicroBatch, command_to_resume, losing_nothing, whereabouts
 from finetune.foundation import resolve, with_prompts
@@ -108,6 +108,7 @@ class Trainer:
         self.steps = cfg.train.max_train_steps or self.data.steps(
             cfg.train.num_train_epochs, global_batch=self.global_batch
         )
+        refuse_unmoved(cfg.ema, self.steps)
         optimizer = build_optimizer(cfg.optimizer, self.modules.param_groups(cfg.optimizer))
         self.learning_rate = learning_rate(cfg.optimizer, self.steps)
         self.network, self.optimizer = self.accelerator.prepare(self.modules.unet, optimizer)
