@@ -46,7 +46,7 @@ class Train:
     """A step that waits for another process or for samples this long ends the run; half as long, and stderr shows where
     each thread stands. Checking data, drawing and saving take what they need."""
     gradient_checkpointing: bool | Words = False
-    """Recompute activations in the backward pass: less memory, about a third more time. true: of all blocks of the
+    """Recompute activations in the backward pass: less memory, up to half more time. true: of all blocks of the
     UNet; or of some, such as [down_blocks.0, up_blocks.3], which hold most of them, in less time."""
     fused_backward: bool = False
     """Take the optimizer's step of each parameter in the backward pass, and free its gradient at once: 4 bytes less per
