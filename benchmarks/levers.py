@@ -2,13 +2,17 @@
 
     python benchmarks/levers.py [--rounds 5] [--batch 4] [--compile] [--docs]
 
-The UNet is of 18 M parameters with cross-attention, on latents of 16x16. Of each lever, `off` and `on` take turns,
+The UNet is of 18 M parameters with cross-attention, on latents of 16x16; what becomes of freed memory is measured with
+`unet64` of workloads.py, whose activations are large. Of each lever, `off` and `on` take turns,
 after one of each that is not counted; the ratio is on : off, below 1 where the lever saves time. What is timed is a
 forward and backward pass, or the part of a step that the lever is about. --compile: train.compile too, which takes some
 minutes before its first figure, unless what it compiled still lies in the cache.
 """
 
+import argparse
 import copy
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -22,10 +26,12 @@ from finetune.config import Ema as EmaConfig
 from finetune.config import Train
 from finetune.ema import Ema
 from finetune.errors import ConfigError
+from finetune.host_memory import keep_freed_memory
 from finetune.modules import check_attention, checkpoint_blocks
 from finetune.processes import SDPA, set_kernels
 from finetune.seeding import PositionRandom
 from shapes import unet as build
+from workloads import SHAPE
 
 Pair = tuple[str, str, Callable[[], float], Callable[[], float]]
 """Name of the lever, what is timed, and its seconds with the lever off and on."""
@@ -99,6 +105,29 @@ def compiled(passes: Passes, kind: str) -> Pair:
     return f"compile {kind}", "pass", uncompiled, lambda: seconds(other)
 
 
+class Apart:
+    """A process of its own, for what cannot be taken back in one: called, it gives the seconds of a pass."""
+
+    def __init__(self, *options: str) -> None:
+        command = [sys.executable, __file__, "--apart", *options]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self) -> float:
+        """Ask for a pass."""
+        print(file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+
+def apart(*, kept: bool) -> None:
+    """What `Apart` starts: a pass for each line, until there are no more, of unet64 of workloads.py at its batch."""
+    if kept:
+        keep_freed_memory()
+    unet, x = build("ddpm", **SHAPE).train(), torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for _ in sys.stdin:
+        unet.zero_grad()
+        print(seconds(lambda: unet(x, 500).sample.square().mean().backward()), flush=True)
+
+
 def of_the_rest(passes: Passes) -> Iterator[Pair]:
     """What every run has, against what it has it instead of."""
     passes()
@@ -126,11 +155,16 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--batch", type=int, default=4)
     arguments.add_argument("--compile", action="store_true", help="compile unet and blocks too")
+    arguments.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
+    arguments.add_argument("--kept", action="store_true", help=argparse.SUPPRESS)
     given = arguments.parse_args()
     torch.set_num_threads(1)
+    if given.apart:
+        return apart(kept=given.kept)
     command = "python benchmarks/levers.py" + " --compile" * given.compile
     report, passes = Report("levers", command), Passes(build("levers"), given.batch)
     pairs = [*of_a_pass(passes)]
+    pairs += [("freed memory kept", "pass", Apart(), Apart("--kept"))]
     pairs += [compiled(passes, kind) for kind in ("unet", "blocks")] if given.compile else []
     for name, part, off, on in (*pairs, *of_the_rest(passes)):
         rounds = [(off(), on()) for _ in range(given.rounds + 1)][1:]
