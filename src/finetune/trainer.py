@@ -87,7 +87,6 @@ class Trainer:
         set_kernels(cfg.train)
         require_package(cfg.optimizer)
         self.global_batch, self.accumulation, self.micro_batch = batch_plan(cfg, self.accelerator.num_processes)
-
         with self.accelerator.main_process_first():  # a broken one is renamed by the first that sees it
             found = find_checkpoint(cfg)
         with self.accelerator.local_main_process_first():  # its check of the data is cached for the others
