@@ -187,6 +187,16 @@ def test_several_captions_are_drawn_by_epoch_and_row():
     assert opened("text", dataset=dataset, caption_column=["text", "long"]).captions(3) == (*lists[3], CAPTIONS[3])
 
 
+def test_rows_without_their_images_are_the_same_rows():
+    data = opened("text", memory(), caption_column="text")
+    table = data.table.without_images()
+    assert [row.captions for row in table.read(range(3))] == [row.captions for row in data.table.read(range(3))]
+    assert [row.content for row in table.read(range(3))] == [None] * 3
+    clash = memory().add_column("image.path", ["a"] * len(memory()))
+    with pytest.raises(DataError, match="have a column 'image.path' too: rename it"):
+        opened("text", clash, caption_column="image.path").table.without_images()
+
+
 def test_classes_by_name_and_by_number():
     def classes(labels) -> tuple[list[str], list[int]]:
         columns = {"image": [{"bytes": png(n), "path": None} for n in range(len(labels))], "label": labels}

@@ -20,7 +20,7 @@ from finetune.models import build_unet
 from finetune.run import train
 from finetune.space import PixelSpace
 from finetune.trainer import Trainer
-from forked import prove_in_a_fork
+from forked import log, prove_in_a_fork, run, whole
 
 pretrained = tiny_pipelines.pretrained
 
@@ -86,13 +86,14 @@ def my_images(tmp_path_factory):
     return folder
 
 
-def small(name, pipeline, images, folder):
-    """The recipe as it is, but for a tiny pipeline, 2 steps, and pictures of 128 pixels."""
+def small(name, pipeline, images, folder, *, halved=False):
+    """The recipe as it is, but for a tiny pipeline, 2 steps, pictures of 128 pixels and, unless halved, float32."""
     words = f"""--pretrained_model_name_or_path {pipeline} --train_data_dir {images} --resolution 128 --report_to none
         --max_train_steps 2 --dataloader_num_workers 0 --sample.num_inference_steps 2 --num_images 2 --log_every 1
-        --mixed_precision no --output_dir {folder / "run"}""".split()
+        --output_dir {folder / "run"}""".split()
     plain = recipe(name)
-    words += ["--lora.base_dtype", "float32"] if plain.lora else []  # with mixed_precision no
+    words += [] if halved else ["--mixed_precision", "no"]
+    words += ["--lora.base_dtype", "float32"] if plain.lora and not halved else []
     words += ["--cache.folder", str(folder / "cache")] if plain.cache.text else []
     words += ["--validation.held_out", "0.3", "--max_images", "2"] if plain.validation.held_out else []
     if plain.prior:
@@ -124,6 +125,13 @@ def test_recipes_of_stable_diffusion_train(name, pretrained, my_images, tmp_path
     assert any("validation_loss" in line for line in lines) == bool(cfg.validation.held_out)
     if cfg.prior:
         assert len(list((tmp_path / "class").iterdir())) == 2
+
+
+def test_the_lora_of_a_12_gb_card_trains_in_the_precision_it_is_written_for(pretrained, my_images, tmp_path):
+    cfg = small("sdxl_lora", pretrained("sdxl"), my_images, tmp_path, halved=True)
+    assert (cfg.train.mixed_precision, cfg.lora.base_dtype) == ("bf16", "bfloat16")
+    assert run(cfg, body=whole) == [0], log(cfg)
+    assert list((tmp_path / "run" / "pipeline").glob("*.safetensors"))
 
 
 def test_recipes_of_stable_diffusion_are_all_tested():
