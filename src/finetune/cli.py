@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from finetune.errors import ConfigError, FinetuneError
 from finetune.redaction import secret_in, shown
 from finetune.signals import SIGNALS, die_with_parent
 
+LATER = 2.0
+"""Seconds that a process waits which leaves it to the first to say what is wrong: launchers end all when one has."""
 USAGE = """usage: finetune COMMAND [options]
 
   train       train the UNet of a recipe      finetune train --config configs/train/digits.yaml
@@ -69,6 +72,8 @@ def guarded(command: Callable[[list[str]], int | None], argv: list[str], *, last
             # It is wrong in all processes alike, or in those of one machine, such as a path that is not there.
             if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
                 print(shown(str(error)), file=sys.stderr)
+            else:
+                time.sleep(LATER)
             return error.exit_code
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -118,7 +123,11 @@ def train(argv: list[str]) -> None:
 
     from finetune.config_io import load_or_exit
 
-    loaded = load_or_exit(argv)
+    try:
+        loaded = load_or_exit(argv)
+    except SystemExit:
+        time.sleep(0 if os.environ.get("LOCAL_RANK", "0") == "0" else LATER)
+        raise
 
     from finetune.run import train
 
