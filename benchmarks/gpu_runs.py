@@ -117,13 +117,42 @@ class Place:
         return TypeAdapter(TrainConfig).validate_python(settings)
 
 
-class Ours:
+class Runner:
+    """One of several trainers on the device."""
+
+    own = peak = 0
+    """Bytes of the device that are its alone: what it holds between steps, and its most in a block."""
+
+    def step(self) -> None:
+        """One step."""
+        raise NotImplementedError
+
+    def block(self, steps: int) -> float:
+        """Seconds per step, of `steps` after one that is not timed."""
+        others = _allocated() - self.own
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            self.step()
+            _wait()
+            since = time.perf_counter()
+            for _ in range(steps):
+                self.step()
+            _wait()
+            return (time.perf_counter() - since) / steps
+        finally:
+            if GPU:
+                self.peak = torch.cuda.max_memory_allocated() - others
+                torch.cuda.empty_cache()  # for the process of the script
+
+
+class Ours(Runner):
     """Our trainer."""
 
     def __init__(self, place: Place, folder: Path, levers: dict[str, Any], batch: int) -> None:
         if not GPU:  # where the others gain nothing, and take long
             levers = {name: value for name, value in levers.items() if name == "channels_last"}
-        self._before, self.own, self.peak = _allocated(), 0, 0
+        self._before = _allocated()
         self.trainer = Trainer(place.config(folder, levers | {"global_batch_size": batch}))
         self.meter = Meter(self.trainer.accelerator, self.trainer.modules.objective)
         self._open = contextlib.ExitStack()
@@ -145,27 +174,18 @@ class Ours:
         """One step of the loop."""
         self.trainer.train_step(self._batches, self.meter)
 
-    def block(self, steps: int) -> float:
-        """Seconds per step, of `steps` after one that is not timed."""
-        with _Timed(self) as timed:
-            self.step()
-            timed.begin()
-            for _ in range(steps):
-                self.step()
-        return timed.seconds / steps
-
     def close(self) -> None:
         """End its loader."""
         self._open.close()
 
 
-class Bare:
+class Bare(Runner):
     """The least that trains the same UNet, with the levers that it has: no clipping, no average, no log."""
 
     def __init__(self, ours: Ours) -> None:
         """ours: has taken its batch."""
         trainer = ours.trainer
-        self.own, self.peak = ours.own, 0
+        self.own = ours.own
         self._optimizer = trainer.optimizer.optimizer
         batch, device = next(iter(trainer.loader())), trainer.accelerator.device
         random = PositionRandom(0, batch.positions, device)
@@ -182,40 +202,6 @@ class Bare:
         (output.float() - noise).square().mean().backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
-
-    def block(self, steps: int) -> float:
-        """See `Ours`."""
-        with _Timed(self) as timed:
-            self.step()
-            timed.begin()
-            for _ in range(steps):
-                self.step()
-        return timed.seconds / steps
-
-
-class _Timed:
-    """A block of steps of one of several trainers on the device: its time, and its own peak of the memory."""
-
-    def __init__(self, runner: Any) -> None:
-        self._runner, self.seconds = runner, 0.0
-
-    def __enter__(self) -> _Timed:
-        self._others = _allocated() - self._runner.own
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
-        return self
-
-    def begin(self) -> None:
-        """Wait for what was asked of the device; the time counts from now on."""
-        _wait()
-        self._since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        _wait()
-        self.seconds = time.perf_counter() - self._since
-        if GPU:
-            self._runner.peak = torch.cuda.max_memory_allocated() - self._others
-            torch.cuda.empty_cache()  # for the process of the script
 
 
 def forget_accelerate() -> None:

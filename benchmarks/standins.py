@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import string
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import shapes
+from workloads import text_encoder, tokenizer
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 TINY: dict[str, dict[str, Any]] = {
@@ -45,17 +45,19 @@ def pipeline(name: str, folder: Path, *, tiny: bool) -> Path:
         torch.manual_seed(0)
         parts = {"unet": shapes.unet(name, **(TINY[name] if tiny else {})), "vae": _vae(name, tiny)}
         if name == "sdxl":
-            parts["text_encoder_2"] = _text_encoder(CLIPTextModelWithProjection, (32, 2, 2) if tiny else (1280, 32, 20))
-        parts["text_encoder"] = _text_encoder(CLIPTextModel, (32, 2, 2) if tiny else (768, 12, 12))
+            size = (32, 2, 2) if tiny else (1280, 32, 20)
+            parts["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection, act="quick_gelu", size=size)
+        size = (32, 2, 2) if tiny else (768, 12, 12)
+        parts["text_encoder"] = text_encoder(CLIPTextModel, act="quick_gelu", size=size)
     if name == "sdxl":
-        tokenizers = {"tokenizer": _tokenizer("<|endoftext|>"), "tokenizer_2": _tokenizer("!")}
+        tokenizers = {"tokenizer": tokenizer("<|endoftext|>"), "tokenizer_2": tokenizer("!")}
         made = StableDiffusionXLPipeline(
             **parts, **tokenizers, scheduler=EulerDiscreteScheduler(**NOISE, steps_offset=1), add_watermarker=False
         )
     else:
         made = StableDiffusionPipeline(
             **parts,
-            tokenizer=_tokenizer("<|endoftext|>"),
+            tokenizer=tokenizer("<|endoftext|>"),
             scheduler=DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
             safety_checker=None,
             feature_extractor=None,
@@ -74,32 +76,6 @@ def _vae(name: str, tiny: bool) -> AutoencoderKL:
         latent_channels=4,
         scaling_factor=0.13025 if name == "sdxl" else 0.18215,
         force_upcast=name == "sdxl",
-    )
-
-
-def _tokenizer(pad: str) -> CLIPTokenizer:
-    """By letters. pad: the end of text (CLIP), or "!" (OpenCLIP)."""
-    letters = ["!", *(letter + end for letter in string.ascii_lowercase for end in ("", "</w>"))]
-    vocab = {token: number for number, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77, pad_token=pad)
-
-
-def _text_encoder(kind: type, size: tuple[int, int, int]) -> torch.nn.Module:
-    """size: width, layers, heads."""
-    vocab, (width, layers, heads) = _tokenizer("!").get_vocab(), size
-    return kind(
-        CLIPTextConfig(
-            vocab_size=len(vocab),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=77,
-            projection_dim=width,
-            bos_token_id=vocab["<|startoftext|>"],
-            eos_token_id=vocab["<|endoftext|>"],
-            pad_token_id=0,
-        )
     )
 
 

@@ -165,19 +165,19 @@ def tokenizer(pad: str) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77, pad_token=pad)
 
 
-def text_encoder(kind: Callable, *, act: str) -> torch.nn.Module:
-    """A CLIP text encoder of 6 layers. kind: the class, with or without a projection."""
-    vocab = tokenizer("!").get_vocab()
+def text_encoder(kind: Callable, *, act: str, size: tuple[int, int, int] = (WIDTH, 6, 4)) -> torch.nn.Module:
+    """A CLIP text encoder. kind: the class, with or without a projection. size: width, layers, heads."""
+    vocab, (width, layers, heads) = tokenizer("!").get_vocab(), size
     return kind(
         CLIPTextConfig(
             vocab_size=len(vocab),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=6,
-            num_attention_heads=4,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
             max_position_embeddings=77,
             hidden_act=act,
-            projection_dim=WIDTH,
+            projection_dim=width,
             bos_token_id=vocab["<|startoftext|>"],
             eos_token_id=vocab["<|endoftext|>"],
             pad_token_id=0,
