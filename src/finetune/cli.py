@@ -70,7 +70,7 @@ def guarded(command: Callable[[list[str]], int | None], argv: list[str], *, last
             return command(argv) or 0
         except FinetuneError as error:
             # It is wrong in all processes alike, or in those of one machine, such as a path that is not there.
-            if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
+            if _is_first_here() or not isinstance(error, ConfigError):
                 print(shown(str(error)), file=sys.stderr)
             else:
                 time.sleep(LATER)
@@ -81,6 +81,11 @@ def guarded(command: Callable[[list[str]], int | None], argv: list[str], *, last
         except Exception:
             print(shown(traceback.format_exc()), end="", file=sys.stderr)
             return 1
+
+
+def _is_first_here() -> bool:
+    """Whether this process is the first of its machine, by the launcher's environment."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _refuse_secrets(argv: list[str]) -> None:
@@ -126,7 +131,8 @@ def train(argv: list[str]) -> None:
     try:
         loaded = load_or_exit(argv)
     except SystemExit:
-        time.sleep(0 if os.environ.get("LOCAL_RANK", "0") == "0" else LATER)
+        if not _is_first_here():
+            time.sleep(LATER)
         raise
 
     from finetune.run import train
